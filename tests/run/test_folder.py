@@ -14,11 +14,11 @@ from tfrs_pipeline.durable import InUse, StorageError, file_hash, write_record
 from tfrs_pipeline.run.folder import (
     CONFIG_FILE,
     RunFolder,
-    _fewer_epochs,
     check_model_name,
     name_of_log,
 )
 from tfrs_pipeline.run.pipeline import run
+from tfrs_pipeline.run.warm_start_settings import _fewer_epochs
 
 
 @pytest.fixture

@@ -28,15 +28,9 @@ from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run import race as race_module
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import RunResult, run, run_steps
-from tfrs_pipeline.run.race import (
-    FIRST_EPOCHS,
-    SHRINKAGES,
-    TIMED_EPOCHS,
-    Curve,
-    planned,
-    race_in_rungs,
-    trainable_recipes,
-)
+from tfrs_pipeline.run.race import SHRINKAGES, planned, trainable_recipes
+from tfrs_pipeline.run.rungs import FIRST_EPOCHS, TIMED_EPOCHS, Curve, race_in_rungs
+from tfrs_pipeline.run.warm_start_settings import resolve_settings
 
 pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")
 # Small settings, so that a race takes seconds; no recipe changes them.
@@ -125,6 +119,9 @@ def test_a_killed_race_goes_on_and_ends_the_same(raced: Raced, tmp_path: Path) -
     again = run(config, tmp_path / "run", progress=last)
     assert curves_of(again) == curves_of(result)
     assert again.metrics["models"] == result.metrics["models"]
+    # Who goes on after the race is told again what it came to.
+    assert last.reports["race"].notes == again.metrics["race"]["lines"]
+    assert again.metrics["notes"]["race"] == again.metrics["race"]["lines"]
     # No epoch was run twice.
     epochs = [task for watched in told for task in watched.tasks if task[1]]
     times = Counter(task for task in epochs if task[0].startswith("race: "))
@@ -453,12 +450,12 @@ def test_the_record_of_a_race_reads_back(raced: Raced) -> None:
     record = read_record(folder.race_file)
     assert tp.RunConfig(**record["asked"]) == config
     assert record["race"] == json.loads(json.dumps(result.metrics["race"]))
-    assert folder.settled(config) == folder.settings()
+    assert resolve_settings(config, folder) == folder.settings()
     # Settings that may change in a started run may also change here.
     opened = tp.with_settings(config, {"export.gate": True})
-    assert folder.settled(opened).export.gate
+    assert resolve_settings(opened, folder).export.gate
     other = tp.with_settings(config, {"seed": 9})
-    assert folder.settled(other) is other
+    assert resolve_settings(other, folder) is other
 
 
 # The rule, on curves that are known beforehand: nothing is trained here.

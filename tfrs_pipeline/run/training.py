@@ -1,7 +1,7 @@
 """The trainings of a run: made, read back, and used as a start by another run."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -40,15 +40,14 @@ def training_step(name: str, path: str, config: RunConfig | None = None) -> Step
     def make(run: RunContext, samples: RunData) -> Model:
         settings = config or variants(run.config)[name]
         folder, progress = run.folder.path / path, run.progress
-        model: Model
         if settings.summed:
-            model = train_sum(settings, samples, folder=folder, progress=progress)
-        else:
-            model = train_and_refit(settings, samples, name=name, folder=folder, progress=progress)
-        run.note(*model.notes)
-        return model
+            return train_sum(settings, samples, folder=folder, progress=progress)
+        return train_and_refit(settings, samples, name=name, folder=folder, progress=progress)
 
-    return Step(f"train {name}", ("samples",), name, make, path, workers="all")
+    def describe(model: Model) -> Sequence[str]:
+        return model.notes
+
+    return Step(f"train {name}", ("samples",), name, make, path, describe=describe, workers="all")
 
 
 def check_plan(plan: TwoTower, data: TrainingSet) -> None:
