@@ -12,9 +12,10 @@ from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.baselines import Ials
 from tfrs_pipeline.evaluation.evaluate import Truth
 from tfrs_pipeline.messages import SILENT, Progress, counted
+from tfrs_pipeline.model.checkpoints import read_epoch
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import training_strategy
-from tfrs_pipeline.model.fit import read_epoch
+from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.optimizer import make_optimizer
@@ -263,7 +264,8 @@ def trained_in(
     with training_strategy().scope():
         network = plan_of(config, name).build(corpus)
     best_epoch = training[name]["best_epoch"]
-    result = read_epoch(network, config.training, checkpoints / step, best_epoch)
+    record = read_epoch(network, config.training, checkpoints / step, best_epoch)
+    result = TrainingResult(record["history"], best_epoch, record["seconds"])
     encoder = query_encoder(network, corpus)
     model = FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log=log)
     bonus = training[name].get("repeat_bonus")
