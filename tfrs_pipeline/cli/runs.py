@@ -212,7 +212,7 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     if flags.config:
         base = load_config(flags.config)
     elif folder and ((folder / CONFIG_FILE).exists() or not (names_data or holds_nothing)):
-        base = RunFolder(folder).settings()
+        base = _begun_with(RunFolder(folder), settings, flags.preset)
     elif settings.get("data.source") == "movielens-100k" or not names_data:
         base = movielens_config()
         if "genres" not in settings.get("data.item_features", ["genres"]):
@@ -221,6 +221,20 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
         base = RunConfig()
     # Together, because a flag may resolve a conflict with a preset.
     return with_settings(base, settings, preset=flags.preset)
+
+
+def _begun_with(place: RunFolder, settings: Mapping[str, Any], preset: str | None) -> RunConfig:
+    """Returns the settings of a stopped run that flags may change.
+
+    After a race, these are the winner's, unless the flags are those that it began with: the same
+    command again goes on with the run.
+    """
+    kept, asked = place.settings(), place.settings_before_race()
+    if asked is None:
+        return kept
+    others = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+    is_same = with_settings(asked, others, preset=preset) == asked
+    return with_settings(asked, {"export": kept.export.model_dump()}) if is_same else kept
 
 
 def _named(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -> set[str]:
@@ -239,8 +253,8 @@ def _with_recipes(config: RunConfig, flags: Work, named: Collection[str]) -> Run
         return with_settings(config, fixed)
     is_demo = config.data.source == "movielens-100k"
     is_begun = flags.run_dir is not None and (flags.run_dir / CONFIG_FILE).exists()
-    is_settled = "recipes" in named or (is_begun and not flags.config)
-    if is_settled or is_demo or flags.preset or config.warm_start is not None:
+    is_chosen = "recipes" in named or (is_begun and not flags.config)
+    if is_chosen or is_demo or flags.preset or config.warm_start is not None:
         for name in ("budget", "members"):
             if getattr(config, name) != getattr(RunConfig(), name) and not config.recipes:
                 raise UsageError(f"--{name}: nothing races here; name --recipes, or leave it out")

@@ -113,6 +113,11 @@ class RunFolder:
         )
         raise ConfigError([("", message)], str(path))
 
+    def settings_before_race(self) -> RunConfig | None:
+        """Reads the settings that a decided race began with; None if none was decided here."""
+        record = durable.read_whole(self.race_file)
+        return None if record is None else RunConfig(**record["asked"])
+
     def record_race(self, config: RunConfig, winner: RunConfig, race: Mapping[str, Any]) -> None:
         """Records a decided race, and replaces the settings by those of its winner and its sum."""
         content = {"asked": config.model_dump(mode="json"), "race": dict(race)}

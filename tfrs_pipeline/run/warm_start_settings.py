@@ -21,12 +21,10 @@ def resolve_settings(
     """
     check_model_name(config)
     config = with_source(config, folder, fixed)
-    record = durable.read_whole(folder.race_file) if config.recipes else None
-    if record is None:
-        return config
+    asked = folder.settings_before_race() if config.recipes else None
     # How to export may change, and `RunFolder.claim` refuses what may not.
     export = {"export": config.export.model_dump()}
-    if with_settings(RunConfig(**record["asked"]), export) != config:
+    if asked is None or with_settings(asked, export) != config:
         return config
     return with_settings(folder.settings(), export)
 
