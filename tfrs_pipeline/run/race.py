@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -394,13 +395,11 @@ def race_step() -> Step:
     def read(run: RunContext, samples: RunData) -> dict[str, Any] | None:
         if run.config.recipes:  # It is not decided: that replaces the settings.
             return None
-        record: dict[str, Any] = on_chief(lambda: read_record(run.folder.race_file))
-        return record["race"]
+        race: dict[str, Any] = on_chief(lambda: read_record(run.folder.race_file)["race"])
+        return race
 
-    def describe(record: Mapping[str, Any]) -> Sequence[str]:
-        return record["lines"]
-
-    return Step("race", ("samples",), "race", make, f"{RACE}/", read, describe, workers="all")
+    lines = itemgetter("lines")
+    return Step("race", ("samples",), "race", make, f"{RACE}/", read, lines, workers="all")
 
 
 def keep_winner(

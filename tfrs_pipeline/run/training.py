@@ -1,7 +1,8 @@
 """The trainings of a run: made, read back, and used as a start by another run."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -45,10 +46,9 @@ def training_step(name: str, path: str, config: RunConfig | None = None) -> Step
             return train_sum(settings, samples, folder=folder, progress=progress)
         return train_and_refit(settings, samples, name=name, folder=folder, progress=progress)
 
-    def describe(model: Model) -> Sequence[str]:
-        return model.notes
-
-    return Step(f"train {name}", ("samples",), name, make, path, describe=describe, workers="all")
+    return Step(
+        f"train {name}", ("samples",), name, make, path, describe=attrgetter("notes"), workers="all"
+    )
 
 
 def check_plan(plan: TwoTower, data: TrainingSet) -> None:
@@ -266,9 +266,8 @@ def trained_in(
     best_epoch = training[name]["best_epoch"]
     record = read_epoch(network, config.training, checkpoints / step, best_epoch)
     result = TrainingResult(record["history"], best_epoch, record["seconds"])
-    encoder = query_encoder(network, corpus)
+    encoder, bonus = query_encoder(network, corpus), training[name].get("repeat_bonus")
     model = FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log=log)
-    bonus = training[name].get("repeat_bonus")
     return dataclasses.replace(model, repeat_bonus=bonus and RepeatBonus(**bonus))
 
 
