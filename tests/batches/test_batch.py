@@ -56,3 +56,8 @@ def test_the_slices_of_a_batch_are_the_batch(order: str, total: int) -> None:
     others = [part for i, part in enumerate(sliced) if i % total]
     for got, expected in zip(own, others, strict=True):
         np.testing.assert_array_equal(got.weight, expected.weight)
+
+
+def test_no_thread_tunes_the_dataset() -> None:
+    """Else deleting an iterator often waits until that thread wakes up, up to a minute later."""
+    assert make_batches("single").dataset(0, 1).options().autotune.enabled is False

@@ -139,7 +139,13 @@ class HybridBatches:
         build = functools.partial(self._build, slices=slices)
         # Deterministic: a batch is a function of its step, so parallel work may not reorder them.
         batches = chosen.map(build, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        return batches.prefetch(tf.data.AUTOTUNE)
+        options = tf.data.Options()
+        # The thread that tunes a pipeline wakes up after .01, .02, .04, ..., 60 seconds. TensorFlow
+        # means to wake it when an iterator is deleted, but often fails to, and then waits for it:
+        # a training of a minute would end up to half a minute late. Without it, as many batches are
+        # built at the same time as there are cores.
+        options.autotune.enabled = False
+        return batches.prefetch(tf.data.AUTOTUNE).with_options(options)
 
     def batch(self, step: int) -> Batch:
         """Builds the batch of one step, an integer from 0, outside a graph."""
