@@ -30,7 +30,7 @@ from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.model import two_tower
 from tfrs_pipeline.run import gate, pipeline
 from tfrs_pipeline.run.data import RunData, final_part, prepare
-from tfrs_pipeline.run.folder import RunFolder, own_version
+from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.gate import IN_SERVICE
 from tfrs_pipeline.run.measure import MeasuredBaselines, baselines_of, fit_best
 from tfrs_pipeline.run.pipeline import run
@@ -571,10 +571,10 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
     assert again.metrics == json.loads(json.dumps(of_ratings.metrics))
     place, record = config.model_folder, path / "metrics.json"
     # A version that another training made, such as a later one in this folder, is not its own.
-    assert own_version(config, RunFolder(path)) == own
+    assert RunFolder(path).own_version(config) == own
     epochs = path / "checkpoints"
     epochs.rename(path / "elsewhere")
-    assert own_version(config, RunFolder(path)) is None
+    assert RunFolder(path).own_version(config) is None
     (path / "elsewhere").rename(epochs)
     # Folders may have been moved since: the version is found among the model's.
     moved = {**again.metrics, "export_folder": "/before/films/1"}

@@ -98,6 +98,26 @@ class RunFolder:
             )
         return durable.read_record(self.metrics_file)
 
+    def trained_by(self) -> list[str]:
+        """Identifies the training of the run's model by hashes of its epochs' records."""
+        epochs = (self.checkpoints / "two_tower").rglob("epoch-*.json")
+        # The records hold times, so they differ between trainings, even with equal settings.
+        return sorted(map(durable.file_hash, epochs))
+
+    def own_version(self, config: RunConfig) -> Path | None:
+        """Returns the version that was exported from the run's training; None if there is none."""
+        written, models = (self.metrics() or {}).get("export_folder"), config.model_folder
+        # It is among the model's versions, or where it was written: the folders may have moved.
+        versions = [models / str(number) for number in reversed(versions_of(models))]
+        training = self.trained_by()
+        for version in [*versions, *([Path(written)] if written else [])]:
+            with contextlib.suppress(durable.Damaged, OSError):
+                manifest = durable.read_record(version / MANIFEST_FILE, check_files=False)
+                # A refresh carries the record of the training over, but another command exported.
+                if "refreshed" not in manifest and manifest.get("training") == training:
+                    return version
+        return None
+
     def settings(self) -> RunConfig:
         """Reads the settings that the run started with; refuses a lost, cut or changed file."""
         path = self.config_file  # A cut file might hold the settings of another run.
@@ -189,7 +209,7 @@ class RunFolder:
         configs = self.settings(), config
         old, new = (flat_settings(settings.model_dump(mode="json")) for settings in configs)
         changes = [name for name in old | new if old.get(name) != new.get(name)]
-        exported = self.metrics() and own_version(config, self)
+        exported = self.metrics() and self.own_version(config)
         allowed = (*(["export.gate"] if exported else MAY_CHANGE), "compare.seeds")
         refused = [name for name in changes if name not in allowed]
         if refused:
@@ -213,28 +233,6 @@ class RunFolder:
 
 def _hash(settings: str) -> str:
     return hashlib.sha256(settings.encode()).hexdigest()
-
-
-def trained_by(folder: Path) -> list[str]:
-    """Identifies the training of a run's model by hashes of its epochs' records."""
-    epochs = (folder / CHECKPOINTS / "two_tower").rglob("epoch-*.json")
-    # The records hold times, so they differ between trainings, even with equal settings.
-    return sorted(map(durable.file_hash, epochs))
-
-
-def own_version(config: RunConfig, folder: RunFolder) -> Path | None:
-    """Returns the version exported from the training in a run's folder; None if there is none."""
-    written, models = (folder.metrics() or {}).get("export_folder"), config.model_folder
-    # It is among the model's versions, or where it was written: the folders may have moved.
-    versions = [models / str(number) for number in reversed(versions_of(models))]
-    training = trained_by(folder.path)
-    for version in [*versions, *([Path(written)] if written else [])]:
-        with contextlib.suppress(durable.Damaged, OSError):
-            manifest = durable.read_record(version / MANIFEST_FILE, check_files=False)
-            # A refresh carries the record of the training over, but another command exported it.
-            if "refreshed" not in manifest and manifest.get("training") == training:
-                return version
-    return None
 
 
 def check_model_name(config: RunConfig) -> None:

@@ -17,7 +17,7 @@ from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.features.encoding import request_signature
 from tfrs_pipeline.messages import sentence
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.run.folder import RunFolder, own_version
+from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, exclude_of, versions_of
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
@@ -50,7 +50,7 @@ def pass_gate(
     elif beaten:
         refusals["--export.if_beaten"] = beaten
     if IN_SERVICE in evaluation.results:
-        own = own_version(config, folder)
+        own = folder.own_version(config)
         is_worse, text = worse_than_version(evaluation, monitor, models, without=own)
         if is_worse and export.gate:
             refusals["--no-export.gate"] = text

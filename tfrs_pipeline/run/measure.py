@@ -21,7 +21,6 @@ from tfrs_pipeline.messages import SILENT, Progress, as_interrupts, counted
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.data import RunData, final_part
-from tfrs_pipeline.run.folder import own_version
 from tfrs_pipeline.run.steps import RunContext
 from tfrs_pipeline.serving.publish import publishing
 
@@ -164,7 +163,7 @@ def measure(
             log.listed_ids,
             log=log,
             # Never the run's own export, which a resumed run finds in service.
-            without=own_version(config, run.folder),
+            without=run.folder.own_version(config),
         )
         if in_service is not None:
             measured.append(evaluate_all(config, {IN_SERVICE: in_service}, samples, progress))

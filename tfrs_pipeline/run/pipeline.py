@@ -21,14 +21,7 @@ from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.model.sums import Model
 from tfrs_pipeline.run.data import RunData, data_steps
-from tfrs_pipeline.run.folder import (
-    CHECKPOINTS,
-    METRICS_FILE,
-    RunFolder,
-    name_of_log,
-    own_version,
-    trained_by,
-)
+from tfrs_pipeline.run.folder import CHECKPOINTS, METRICS_FILE, RunFolder, name_of_log
 from tfrs_pipeline.run.gate import pass_gate
 from tfrs_pipeline.run.measure import MeasuredBaselines, examples_of, measure, measure_baselines
 from tfrs_pipeline.run.race import race_step
@@ -189,7 +182,7 @@ def _read_result(run: RunContext) -> RunResult | None:
         return None
     exports, models = run.config.export.index != "none", run.config.model_folder
     report = StepReport("finished before", ["its results follow; nothing was done"])
-    if (version := own_version(run.config, run.folder)) is not None:
+    if (version := run.folder.own_version(run.config)) is not None:
         metrics["export_folder"] = str(version.resolve())
     elif metrics["export_folder"] is None:
         if exports:  # It was refused, but the settings may allow it now.
@@ -212,7 +205,7 @@ def _read_exported(run: RunContext, **_: Any) -> dict[str, Any] | None:
 
     Exported again, it would push an older version out of `keep_versions`.
     """
-    if (version := own_version(run.config, run.folder)) is None:
+    if (version := run.folder.own_version(run.config)) is None:
         return None
     manifest = read_record(version / MANIFEST_FILE, check_files=False)
     export, then = run.config.export.model_dump(mode="json"), manifest["config"]["export"]
@@ -265,7 +258,7 @@ def _export_best(
                 **recorded_hashes(folder.data / "log.json"),
                 **recorded_hashes(folder.split.with_suffix(".json")),
             },
-            "training": trained_by(folder.path),
+            "training": folder.trained_by(),
             "counts": samples.final.report,
             "metrics": measured.summary()["models"]["two_tower"],
         },

@@ -6,7 +6,7 @@ from pathlib import Path
 from tfrs_pipeline import durable
 from tfrs_pipeline.config import MemberConfig, RunConfig, plan_settings, with_settings
 from tfrs_pipeline.model.settings import shape_problems
-from tfrs_pipeline.run.folder import RunFolder, check_model_name, trained_by
+from tfrs_pipeline.run.folder import RunFolder, check_model_name
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, version_at
 from tfrs_pipeline.settings import ConfigError, refuse
 
@@ -105,7 +105,7 @@ def _source(path: Path, folder: RunFolder) -> Path:
             "TwoTower.fit(warm_start=...) there"
         )
     source = Path(manifest["run"])
-    if trained_by(source) != manifest["training"]:
+    if RunFolder(source).trained_by() != manifest["training"]:
         raise _refused(
             f"{version} was made by a run in {source}, which is gone with its optimizer state, or "
             "another run is there now. Give a run's folder, or none to train from random weights"
