@@ -51,11 +51,11 @@ RUN = "it's a run"  # A folder name that a shell needs in quotes.
 def config_of(command: Any, monkeypatch: pytest.MonkeyPatch, here: Path) -> Any:
     configs: list[RunConfig] = []
 
-    def record(config: RunConfig, folder: Path, **options: Any) -> None:
-        configs.append(config)
+    def record(run: RunContext) -> None:
+        configs.append(run.config)
         raise RuntimeError("enough")
 
-    monkeypatch.setattr(pipeline, "run", record)
+    monkeypatch.setattr(pipeline, "run_claimed", record)
     monkeypatch.setattr(run_data, "log_steps", lambda *settings: [])
     monkeypatch.setattr(cli.runs, "check_exists", lambda path: None)
 

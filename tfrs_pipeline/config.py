@@ -26,7 +26,7 @@ from tfrs_pipeline.settings import (
     setting_names,
 )
 
-BASELINES = ("uncorrected", "popularity", "repeats", "transitions", "itemknn", "ease", "ials")
+COMPARED_WITH = ("uncorrected", "popularity", "repeats", "transitions", "itemknn", "ease", "ials")
 """What every run is compared with, unless it is told otherwise; `uncorrected` is a model."""
 
 
@@ -48,11 +48,11 @@ def _or_none(values: Any) -> Any:
 
 
 def _known_baseline(name: str) -> str:
-    if name not in BASELINES:  # Only then, because the classes import the libraries of logs.
-        from tfrs_pipeline.evaluation.baselines import BASELINES as CLASSES
+    if name not in COMPARED_WITH:  # Only then, because the classes import libraries of logs.
+        from tfrs_pipeline.evaluation.baselines import BASELINES
 
-        if name not in CLASSES:
-            raise ValueError(f"no baseline; {suggest_part(name, {*BASELINES, *CLASSES})}")
+        if name not in BASELINES:
+            raise ValueError(f"no baseline; {suggest_part(name, {*COMPARED_WITH, *BASELINES})}")
     return name
 
 
@@ -71,7 +71,7 @@ class EvaluationConfig(Config):
     items always are. After none, answers by user id hold known items too."""
     max_users: PositiveInt = 100_000
     """Most users to measure, and most requests; sampled if the test has more."""
-    baselines: Distinct[Annotated[str, AfterValidator(_known_baseline)]] = BASELINES
+    baselines: Distinct[Annotated[str, AfterValidator(_known_baseline)]] = COMPARED_WITH
     """What the model is compared with in the same table: itself, trained without the correction;
     the most popular items (in a split by time of the latest clicks, a share that validation
     chooses); the user's own items again, if evaluation.exclude is none; what came next after the

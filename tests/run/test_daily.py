@@ -23,10 +23,11 @@ from tfrs_pipeline.config import RunConfig, dump_config, with_settings
 from tfrs_pipeline.durable import Damaged, InUse, locked, read_record, write_record
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.run import training
-from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder, with_source
+from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder
+from tfrs_pipeline.run.gate import IN_SERVICE, version_in_service
 from tfrs_pipeline.run.pipeline import RunResult, run
 from tfrs_pipeline.run.training import split_in, trained_in
-from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service
+from tfrs_pipeline.run.warm_start_settings import with_source
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
 
 pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")
@@ -363,7 +364,7 @@ def test_the_command_takes_the_settings_that_are_not_given_from_the_source(
     # The same command again, in the folder of the run that it has started.
     begun = RunFolder(Path(shutil.copytree(warm.result.folder, tmp_path / "begun")))
     begun.race.mkdir()
-    begun.settle(asked, with_settings(begun.settings(), {"training.max_epochs": 7}), {})
+    begun.record_race(asked, with_settings(begun.settings(), {"training.max_epochs": 7}), {})
     again = with_source(asked, begun, ["data"])
     assert (again.model, again.training.max_epochs) == (theirs.model, 7)
     for given in (None, ["model.dim"], ["model"]):

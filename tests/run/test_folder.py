@@ -14,7 +14,6 @@ from tfrs_pipeline.durable import InUse, StorageError, file_hash, write_record
 from tfrs_pipeline.run.folder import (
     CONFIG_FILE,
     RunFolder,
-    _fewer_epochs,
     check_model_name,
     name_of_log,
 )
@@ -230,15 +229,3 @@ def test_a_second_run_is_refused_at_once(config: RunConfig, tmp_path: Path) -> N
         other.submit(refused, folder, config, f"{folder} is in use by process").result()
     with RunFolder(folder).claim(config, is_run=True):
         pass
-
-
-def test_a_warm_start_shortens_the_warm_up_of_a_rate_that_decays(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    trained = {"two_tower": {"best_epoch": 12}}
-    monkeypatch.setattr(RunFolder, "results", lambda folder: {"training": trained})
-    source = with_settings(RunConfig(), {"training.warmup_steps": 10, "training.max_epochs": 40})
-    assert _fewer_epochs(RunFolder(tmp_path), source, "two_tower") == {"training.max_epochs": 3}
-    decaying = with_settings(source, {"training.decay": "cosine"})
-    changes = _fewer_epochs(RunFolder(tmp_path), decaying, "two_tower")
-    assert changes == {"training.max_epochs": 3, "training.warmup_steps": 0}

@@ -73,15 +73,17 @@ def test_each_failure_costs_its_row_alone_and_is_not_tried_again(
 ) -> None:
     found, notes = measured(tmp_path, CHOICES, monkeypatch)
     assert [name for x in found.evaluations for name in x.results] == ["before", "after"]
-    assert found.left_out == WHY
+    assert found.not_measured == WHY
     assert {f"{name} is left out: {why}" for name, why in WHY.items()} <= {*notes}
     assert found.failed == {name: why for name, why in WHY.items() if name != "refuses"}
     # Each is fitted now, but those that failed are not asked.
     again, _ = measured(tmp_path, {name: [MostPopular()] for name in CHOICES}, monkeypatch)
     assert [x.summary() for x in again.evaluations] == [x.summary() for x in found.evaluations]
     assert again.failed == found.failed
-    for name, why in found.left_out.items():
-        assert again.left_out[name].startswith(f"{why} (it is not tried again; to do so, delete ")
+    for name, why in found.not_measured.items():
+        assert again.not_measured[name].startswith(
+            f"{why} (it is not tried again; to do so, delete "
+        )
 
 
 @pytest.mark.parametrize("preset", [None, "quick"])
@@ -117,7 +119,7 @@ def test_a_baseline_in_which_the_run_ended_twice_is_left_out(
             assert read_record(path) == left
             write_record(path, records[-1])
     why = {"ends": "RuntimeError: the run has ended 2 times while it was measured"}
-    assert found.left_out == found.failed == read_record(path)["failed"] == why
+    assert found.not_measured == found.failed == read_record(path)["failed"] == why
 
 
 def test_ctrl_c_stops_the_run_and_is_no_failure(
@@ -129,4 +131,4 @@ def test_ctrl_c_stops_the_run_and_is_no_failure(
         with pytest.raises(KeyboardInterrupt):
             measured(tmp_path, {"slow": [Raises(error)]}, monkeypatch)
         found, _ = measured(tmp_path, {"slow": [MostPopular()]}, monkeypatch)
-        assert not found.left_out
+        assert not found.not_measured

@@ -28,16 +28,16 @@ from tfrs_pipeline.data.schema import AskedBy
 from tfrs_pipeline.durable import file_hash, read_record, write_record
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.model import two_tower
-from tfrs_pipeline.run import pipeline
+from tfrs_pipeline.run import gate, pipeline
 from tfrs_pipeline.run.data import RunData, final_part, prepare
-from tfrs_pipeline.run.folder import RunFolder, own_version
+from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.gate import IN_SERVICE
 from tfrs_pipeline.run.measure import MeasuredBaselines, baselines_of, fit_best
 from tfrs_pipeline.run.pipeline import run
 from tfrs_pipeline.run.steps import RunContext, Step, as_diagram
 from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.samples.store import read_samples
 from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.gate import IN_SERVICE
 from tfrs_pipeline.serving.publish import NotPublished, versions_of
 from tfrs_pipeline.serving.retriever import load
 
@@ -220,8 +220,8 @@ def test_a_step_is_added_in_one_place_and_is_drawn_listed_and_run(
     added = Step("longest", ("samples", "split"), "longest_history", longest, workers="chief")
     steps_before = pipeline.run_steps
 
-    def run_steps(config: tp.RunConfig) -> list[Step]:
-        steps = steps_before(config)
+    def run_steps(config: tp.RunConfig, **options: Any) -> list[Step]:
+        steps = steps_before(config, **options)
         return [*steps[:4], added, *steps[4:]]
 
     monkeypatch.setattr(pipeline, "run_steps", run_steps)
@@ -404,17 +404,17 @@ def test_all_reasons_against_an_export_are_told_at_once(
     """Otherwise the flag that the first refusal names would only lead to the second one."""
     reasons = "A baseline beats it.", "It is worse."
     flags = {"export.if_beaten": "--export.if_beaten", "export.gate": "--no-export.gate"}
-    monkeypatch.setattr(pipeline, "beaten_by_baseline", lambda *arguments: reasons[0])
+    monkeypatch.setattr(gate, "beaten_by_baseline", lambda *arguments: reasons[0])
     worse = True, reasons[1]
-    monkeypatch.setattr(pipeline, "worse_than_version", lambda *arguments, **options: worse)
+    monkeypatch.setattr(gate, "worse_than_version", lambda *arguments, **options: worse)
     overruled: dict[str, Any] = {"export.if_beaten": True, "export.gate": False}
     settings = {"export.gate": True} | {name: overruled[name] for name in allowed}
     config = tp.with_settings(ratings_config(tmp_path), {"export.if_beaten": False, **settings})
     evaluation: Any = SimpleNamespace(results={"two_tower": None, "ease": None, IN_SERVICE: None})
-    task = RunFolder(tmp_path / "run"), evaluation, MeasuredBaselines([], {}, {})
+    task: Any = RunFolder(tmp_path / "run"), evaluation, [], {}
     notes: list[str] = []
     with pytest.raises(NotPublished) as caught:
-        notes.extend(pipeline._pass_gate(config, *task))
+        notes.extend(gate.pass_gate(config, *task))
     for (name, flag), reason in zip(flags.items(), reasons, strict=True):
         assert (reason in str(caught.value)) == (flag in str(caught.value)) == (name not in allowed)
 
@@ -433,21 +433,21 @@ def test_a_model_that_no_baseline_could_be_compared_with_is_exported_only_if_ask
     others: list[str], refused: Any, failed: Any, is_kept_out: bool, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(pipeline, "beaten_by_baseline", lambda *arguments: "")
+    monkeypatch.setattr(gate, "beaten_by_baseline", lambda *arguments: "")
     config = tp.with_settings(ratings_config(tmp_path), {"export.if_beaten": False})
     measured: Any = [SimpleNamespace(results={name: None}) for name in others]
     baselines = MeasuredBaselines(measured, refused | failed, failed)
     evaluation: Any = SimpleNamespace(results={"two_tower": None})
-    task = RunFolder(tmp_path / "run"), evaluation, baselines
+    task = RunFolder(tmp_path / "run"), evaluation, baselines.names, baselines.failed
     told = "No baseline could be measured to compare the model with. popularity: it"
     if not is_kept_out:
-        assert told not in str([*pipeline._pass_gate(config, *task)])
+        assert told not in str([*gate.pass_gate(config, *task)])
         return
     with pytest.raises(NotPublished, match=rf"^{told} died\. .*with --export\.if_beaten exports"):
-        [*pipeline._pass_gate(config, *task)]
+        [*gate.pass_gate(config, *task)]
     allowed = tp.with_settings(config, {"export.if_beaten": True})
     assert f"exported anyway, as export.if_beaten allows: {told} died." in [
-        *pipeline._pass_gate(allowed, *task)
+        *gate.pass_gate(allowed, *task)
     ]
 
 
@@ -571,10 +571,10 @@ def test_a_finished_run_is_given_back_and_not_exported_again(of_ratings: Finishe
     assert again.metrics == json.loads(json.dumps(of_ratings.metrics))
     place, record = config.model_folder, path / "metrics.json"
     # A version that another training made, such as a later one in this folder, is not its own.
-    assert own_version(config, RunFolder(path)) == own
+    assert RunFolder(path).own_version(config) == own
     epochs = path / "checkpoints"
     epochs.rename(path / "elsewhere")
-    assert own_version(config, RunFolder(path)) is None
+    assert RunFolder(path).own_version(config) is None
     (path / "elsewhere").rename(epochs)
     # Folders may have been moved since: the version is found among the model's.
     moved = {**again.metrics, "export_folder": "/before/films/1"}

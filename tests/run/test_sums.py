@@ -24,6 +24,7 @@ from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import RunResult, run
 from tfrs_pipeline.run.race import planned
 from tfrs_pipeline.run.training import check_trainings, ials_of, queries_of, variants
+from tfrs_pipeline.run.warm_start_settings import resolve_settings
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -140,7 +141,7 @@ def test_the_next_days_sum_starts_from_each_member(
         {"recipes": (), "warm_start": result.folder, "split.test": 0.1, "export.gate": False},
     )
     folder = RunFolder(tmp_path / "today")
-    settings = folder.settled(today, fixed=list(GIVEN))
+    settings = resolve_settings(today, folder, list(GIVEN))
     yesterday = RunFolder(result.folder).settings()
     assert list(settings.summed) == list(yesterday.summed)
     assert settings.summed["ials"] == yesterday.summed["ials"]

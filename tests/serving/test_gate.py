@@ -12,7 +12,7 @@ import tfrs_pipeline as tp
 from tests.model.conftest import eagerly
 from tests.serving.conftest import Exported
 from tfrs_pipeline.durable import write_record
-from tfrs_pipeline.serving.gate import IN_SERVICE, version_in_service, worse_than_version
+from tfrs_pipeline.run.gate import IN_SERVICE, version_in_service, worse_than_version
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
 

@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from pydantic import Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +19,19 @@ from tfrs_pipeline.cli.flags import OfModel, PositionalPath
 from tfrs_pipeline.messages import counted, printable
 from tfrs_pipeline.serving.publish import version_at
 from tfrs_pipeline.serving.settings import ServeSettings, listening, read_token
+from tfrs_pipeline.settings import refuse
+
+
+def _checked_destination(path: Path) -> Path:
+    from tfrs_pipeline.serving.vectors import destination_problem
+
+    if problem := destination_problem(path):
+        refuse([("", problem)])
+    return path
+
+
+ParquetPath: TypeAlias = Annotated[Path, AfterValidator(_checked_destination)]
+"""A Parquet file to write."""
 
 
 class Serve(ServeSettings, OfModel):
@@ -81,7 +94,7 @@ class Recommend(OfModel):
     a kill, the same command goes on.
     """
 
-    out: Path
+    out: ParquetPath
     """Parquet file to write; an earlier one is replaced once the new one is complete."""
     users: Path | None = None
     """CSV or Parquet with user_id and, optionally, history: item ids, oldest first, which are then
@@ -91,12 +104,6 @@ class Recommend(OfModel):
     """Number of items for each user."""
     filter: tuple[str, ...] = ()
     """Write only items with one of these values of the model's filter (export.filter_by)."""
-
-    def _problems(self) -> Iterator[tuple[str, str]]:
-        from tfrs_pipeline.serving.vectors import destination_problem
-
-        if problem := destination_problem(self.out):
-            yield "out", problem
 
     def __call__(self) -> int:
         """Writes the file and says how fast."""
@@ -130,19 +137,15 @@ class WriteLog(OfModel):
     add: Path | None = None
     """Parquet file of past events to record first: the columns of a log or the keys of events,
     docs/guides/events_in_service.md. Events that are recorded already change nothing."""
-    out: Path | None = None
+    out: ParquetPath | None = None
     """Parquet file to write; an earlier one is replaced once the new one is complete. Once rows
     were dropped, it is refused, since it may be their only copy."""
     drop_older_days: float | None = Field(None, gt=0, le=36_500)
     """Delete events and answers that are older than this many days, after the file is written."""
 
     def _problems(self) -> Iterator[tuple[str, str]]:
-        from tfrs_pipeline.serving.vectors import destination_problem
-
         if not any((self.out, self.add, self.drop_older_days)):
             yield "out", "required, or --drop-older-days N to delete old rows, or --add FILE"
-        if self.out and (problem := destination_problem(self.out)):
-            yield "out", problem
 
     def __call__(self) -> int:
         """Records, writes and deletes as asked, and says how many rows."""
@@ -183,14 +186,8 @@ class Vectors(OfModel):
     The metric is the inner product. docs/guides/engines.md loads the file into other engines.
     """
 
-    file: PositionalPath
+    file: Annotated[PositionalPath, AfterValidator(_checked_destination)]
     """Parquet file to write; an earlier one is replaced."""
-
-    def _problems(self) -> Iterator[tuple[str, str]]:
-        from tfrs_pipeline.serving.vectors import destination_problem
-
-        if problem := destination_problem(self.file):
-            yield "file", problem
 
     def __call__(self) -> int:
         """Writes the file and says what is in it."""

@@ -34,10 +34,11 @@ from tfrs_pipeline.config import (
 )
 from tfrs_pipeline.data.schema import check_exists
 from tfrs_pipeline.durable import StorageError
-from tfrs_pipeline.messages import Progress, as_interrupts, beside
+from tfrs_pipeline.messages import as_interrupts, beside
 from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
 from tfrs_pipeline.run.steps import RunContext, as_lines
+from tfrs_pipeline.run.warm_start_settings import resolve_settings
 from tfrs_pipeline.serving.publish import NotPublished
 
 # Settings within tables that the short help shows.
@@ -112,8 +113,9 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     place = RunFolder(folder)
     if is_run:
         named = _named(config, flags, settings)
+        config = _with_recipes(config, flags, named)
         # Checked before a folder is made.
-        config = place.settled(_with_recipes(config, flags, named), None if flags.preset else named)
+        config = resolve_settings(config, place, None if flags.preset else named)
     if (data := config.data).source == "files" and not place.holds_run():
         # Missing files are refused before slow imports.
         for path in filter(None, (data.path, data.items_path, data.users_path)):
@@ -135,7 +137,9 @@ def train(command: str, given: Mapping[str, Any]) -> int:
             as_interrupts(),
         ):
             say(console, f"run folder: {folder}")
-            result = _do(command, config, folder, _begin(config, place, progress))
+            run = RunContext(config, place, progress)
+            _make_log(run)
+            result = (_train if is_run else _compare)(run)
     except ValueError:
         if not folder.exists():
             say(console, "nothing was made: the run folder is removed")
@@ -154,7 +158,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
         print_comparison(console, result, folder)
         return 0
     if is_chief:
-        # A race has settled other settings than those that it began with.
+        # A race has replaced the settings that the run began with.
         print_result(console, place.settings(), result)
     if result.refusal:
         raise NotPublished(result.refusal)
@@ -169,8 +173,8 @@ def _check(command: str, config: RunConfig) -> int:
         native_errors_to(Path(folder) / "native.log"),
         shown(console) as progress,
     ):
-        place = RunFolder(Path(folder))
-        runner = _begin(config, place, progress)
+        run = RunContext(config, RunFolder(Path(folder)), progress)
+        _make_log(run)
         from tfrs_pipeline.run.compare import plan_steps
         from tfrs_pipeline.run.pipeline import run_steps
         from tfrs_pipeline.run.race import trainable_recipes
@@ -178,11 +182,11 @@ def _check(command: str, config: RunConfig) -> int:
 
         steps = (run_steps if command == "run" else plan_steps)(config)
         # All steps up to the first training, which is what all workers do together.
-        runner.run([*itertools.takewhile(lambda step: step.workers != "all", steps)])
+        run.do([*itertools.takewhile(lambda step: step.workers != "all", steps)])
         # A comparison has checked its plans in the step that makes them.
         if command == "run":
             check = trainable_recipes if config.recipes else check_trainings
-            check(config, runner.artifacts["samples"].selection)
+            check(config, run.artifacts["samples"].selection)
     say(console, "\nnothing was trained or kept; settings that are not the defaults:\n")
     say(console, dump_changes(config).rstrip())
     say(console, "\n# steps, as name: reads -> writes")
@@ -208,7 +212,7 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     if flags.config:
         base = load_config(flags.config)
     elif folder and ((folder / CONFIG_FILE).exists() or not (names_data or holds_nothing)):
-        base = RunFolder(folder).settings()
+        base = _begun_with(RunFolder(folder), settings, flags.preset)
     elif settings.get("data.source") == "movielens-100k" or not names_data:
         base = movielens_config()
         if "genres" not in settings.get("data.item_features", ["genres"]):
@@ -217,6 +221,20 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
         base = RunConfig()
     # Together, because a flag may resolve a conflict with a preset.
     return with_settings(base, settings, preset=flags.preset)
+
+
+def _begun_with(place: RunFolder, settings: Mapping[str, Any], preset: str | None) -> RunConfig:
+    """Returns the settings of a stopped run that flags may change.
+
+    After a race, these are the winner's, unless the flags are those that it began with: the same
+    command again goes on with the run.
+    """
+    kept, asked = place.settings(), place.settings_before_race()
+    if asked is None:
+        return kept
+    others = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+    is_same = with_settings(asked, others, preset=preset) == asked
+    return with_settings(asked, {"export": kept.export.model_dump()}) if is_same else kept
 
 
 def _named(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -> set[str]:
@@ -235,8 +253,8 @@ def _with_recipes(config: RunConfig, flags: Work, named: Collection[str]) -> Run
         return with_settings(config, fixed)
     is_demo = config.data.source == "movielens-100k"
     is_begun = flags.run_dir is not None and (flags.run_dir / CONFIG_FILE).exists()
-    is_settled = "recipes" in named or (is_begun and not flags.config)
-    if is_settled or is_demo or flags.preset or config.warm_start is not None:
+    is_chosen = "recipes" in named or (is_begun and not flags.config)
+    if is_chosen or is_demo or flags.preset or config.warm_start is not None:
         for name in ("budget", "members"):
             if getattr(config, name) != getattr(RunConfig(), name) and not config.recipes:
                 raise UsageError(f"--{name}: nothing races here; name --recipes, or leave it out")
@@ -244,31 +262,32 @@ def _with_recipes(config: RunConfig, flags: Work, named: Collection[str]) -> Run
     return with_settings(config, {**fixed, "recipes": RECIPES})
 
 
-def _begin(config: RunConfig, place: RunFolder, progress: Progress) -> RunContext:
+def _make_log(run: RunContext) -> None:
     """Makes the log and its split before TensorFlow is imported: a refusal comes at once."""
-    runner = RunContext(config, place, progress)
-    if this_worker().count == 1 and place.metrics() is None:  # Several workers have to join first.
+    # Several workers have to join first, and a finished run needs no log.
+    if this_worker().count == 1 and run.folder.metrics() is None:
         from tfrs_pipeline.run.data import log_steps
 
-        runner.run(log_steps())
-    return runner
+        run.do(log_steps())
 
 
-def _do(command: str, config: RunConfig, folder: Path, begun: RunContext) -> Any:
-    """Runs and writes the report, or compares; libraries are imported only here."""
-    if command == "compare":
-        from tfrs_pipeline.run.compare import compare_plans
+def _train(run: RunContext) -> Any:
+    """Runs, and writes the report; libraries are imported only here."""
+    from tfrs_pipeline.run.pipeline import run_claimed
 
-        return compare_plans(config, folder, begun=begun)
-    from tfrs_pipeline.run.pipeline import run
-
-    result = run(config, folder, begun=begun)
+    result = run_claimed(run)
     from tfrs_pipeline.report.facts import write_report
 
-    begun.progress.task("report", 0, 0)
+    run.progress.task("report", 0, 0)
     if this_worker().is_chief:
-        write_report(folder)
+        write_report(run.folder.path)
     return result
+
+
+def _compare(run: RunContext) -> Any:
+    from tfrs_pipeline.run.compare import compare_claimed
+
+    return compare_claimed(run)
 
 
 class Report(Command):

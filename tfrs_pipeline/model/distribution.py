@@ -12,8 +12,6 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.batch import Slices
-from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.cluster import this_worker
 
 T = TypeVar("T")
@@ -70,25 +68,6 @@ def check_shared(folder: Path | str | None) -> None:
             "Several workers train together, as TF_CONFIG says: give fit a folder, the same for "
             "all and on a file system that all of them see, for samples and checkpoints."
         )
-
-
-def dataset_of(
-    network: tf.keras.Model, batches: HybridBatches, start_step: int, num_steps: int
-) -> tf.data.Dataset | tf.distribute.DistributedDataset:
-    """Returns the batches of some steps; with several replicas, each gets its slices."""
-    strategy = network.distribute_strategy
-    if strategy.num_replicas_in_sync == 1:
-        return batches.dataset(start_step, num_steps)
-
-    def worker_slices(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        count = context.num_replicas_in_sync // context.num_input_pipelines
-        first = context.input_pipeline_id * count
-        slices = Slices(first, count, context.num_replicas_in_sync)
-        endless = batches.dataset(start_step, slices=slices)
-        # Without this, TensorFlow asks all replicas before each step whether they have a batch.
-        return endless.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
-
-    return strategy.distribute_datasets_from_function(worker_slices)
 
 
 def on_chief(work: Callable[[], Any]) -> Any:

@@ -1,28 +1,28 @@
-"""Training: early stopping on the validation metric, resuming, and what it tells the user."""
+"""Training: early stopping on the validation metric, and what it tells the user."""
 
 import contextlib
 import functools
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline import messages
+from tfrs_pipeline.batches.batch import Slices
 from tfrs_pipeline.batches.hybrid import HybridBatches
-from tfrs_pipeline.durable import naming, read_record, read_whole, write_record
 from tfrs_pipeline.messages import counted
+from tfrs_pipeline.model.checkpoints import Checkpoints, History
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.distribution import dataset_of, on_chief
+from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.network import TwoTowerNetwork
-from tfrs_pipeline.model.optimizer import make_optimizer
+from tfrs_pipeline.model.optimizer import set_optimizer
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.negatives.samplers import FunnelLosers
 
@@ -37,7 +37,7 @@ class TrainingResult:
     They include validation and the earlier parts of a resumed training.
     """
 
-    history: dict[str, list[float]]  # One value an epoch, by logged name.
+    history: History  # One value an epoch, by logged name.
     best_epoch: int  # The epoch, from 1, whose weights were kept.
     seconds: float
     resumed_after: int = 0  # Epochs that an earlier process had done.
@@ -91,16 +91,16 @@ def train(
     last = settings.max_epochs if max_epochs is None else max_epochs
     # The decay spans all epochs of the settings, so that a refit for fewer epochs has the same
     # learning rates as the training that was validated.
-    _compile(network, settings, settings.max_epochs * steps, first_step)
+    set_optimizer(network, settings, settings.max_epochs * steps, first_step)
     with contextlib.ExitStack() as stack:
         kept = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         keeper = _BestEpoch(settings, last, validate, kept, folder is not None, on_epoch, tell)
-        epoch = keeper.restore(network)
+        epoch = keeper.resume(network)
         if not epoch and start is not None:
             start(network)
         if epoch < last and not keeper.is_over:
             network.fit(
-                dataset_of(network, batches, epoch * steps, (last - epoch) * steps),
+                _dataset_of(network, batches, epoch * steps, (last - epoch) * steps),
                 initial_epoch=epoch,
                 epochs=last,
                 steps_per_epoch=steps,
@@ -111,28 +111,23 @@ def train(
     return keeper.result
 
 
-def read_epoch(
-    network: TwoTowerNetwork, settings: TrainingSettings, folder: Path, epoch: int
-) -> TrainingResult:
-    """Compiles a network and gives it the weights and the optimizer state of a saved epoch.
+def _dataset_of(
+    network: tf.keras.Model, batches: HybridBatches, start_step: int, num_steps: int
+) -> tf.data.Dataset | tf.distribute.DistributedDataset:
+    """Returns the batches of some steps; with several replicas, each gets its slices."""
+    strategy = network.distribute_strategy
+    if strategy.num_replicas_in_sync == 1:
+        return batches.dataset(start_step, num_steps)
 
-    Returns the result as it was after that epoch. The folder keeps the best epoch and the last one.
-    """
-    state = read_record(folder / f"epoch-{epoch}.json")
-    # Nothing is trained here, so any number of steps that the schedule accepts will do.
-    _compile(network, settings, settings.warmup_steps + 1)
-    _read_checkpoint(network, folder / f"epoch-{epoch}")
-    return TrainingResult(state["history"], epoch, state["seconds"])
+    def worker_slices(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        count = context.num_replicas_in_sync // context.num_input_pipelines
+        first = context.input_pipeline_id * count
+        slices = Slices(first, count, context.num_replicas_in_sync)
+        endless = batches.dataset(start_step, slices=slices)
+        # Without this, TensorFlow asks all replicas before each step whether they have a batch.
+        return endless.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
 
-
-def _compile(
-    network: TwoTowerNetwork, settings: TrainingSettings, num_steps: int, first_step: int = 0
-) -> None:
-    """Gives a network its optimizer and every variable of the optimizer."""
-    with network.distribute_strategy.scope():
-        network.compile(optimizer=make_optimizer(settings, num_steps, first_step))
-        # A checkpoint is read before the first step, which would otherwise make these variables.
-        network.optimizer.build(network.trainable_variables)
+    return strategy.distribute_datasets_from_function(worker_slices)
 
 
 class _BestEpoch(tf.keras.callbacks.Callback):
@@ -152,24 +147,24 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         # Keras's default, False, would fetch the loss of each step, which is not read.
         self._supports_tf_logs = True
         self._settings, self._max_epochs, self._validate = settings, max_epochs, validate
-        self._folder, self._saves_all = folder, saves_all
+        self._saved, self._saves_all = Checkpoints(folder), saves_all
         self._on_epoch, self._tell = on_epoch, tell
         self._started = self._last_line = self._seconds_before = 0.0
         self._resumed_after = 0
-        self.history: dict[str, list[float]] = {}
+        self.history: History = {}
 
     @property
     def result(self) -> TrainingResult:
         seconds = self._seconds_before
         if self._started:
             seconds += time.monotonic() - self._started
-        return TrainingResult(self.history, self.best_epoch, seconds, self._resumed_after)
+        best_epoch = self._best_epoch(self.history)
+        return TrainingResult(self.history, best_epoch, seconds, self._resumed_after)
 
-    @property
-    def best_epoch(self) -> int:
+    def _best_epoch(self, history: History) -> int:
         if self._validate is None:
-            return len(self.history.get("loss", []))
-        values = self.history.get(f"val_{self._settings.monitor}", [])
+            return len(history.get("loss", []))
+        values = history.get(f"val_{self._settings.monitor}", [])
         # Of equal values the earliest: more epochs that gain nothing only overfit.
         return int(np.argmax(values)) + 1 if values else 0
 
@@ -200,9 +195,9 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         for name, value in logs.items():
             self.history.setdefault(name, []).append(value)
         # Without a folder to resume from, only an epoch to return to is saved.
-        is_best = self._validate is not None and self.best_epoch == epoch + 1
+        is_best = self._validate is not None and self.result.best_epoch == epoch + 1
         if self._saves_all or is_best:
-            on_chief(lambda: self._save(self.model, epoch + 1))
+            on_chief(lambda: self._save(epoch + 1))
         if self.is_over:
             self.model.stop_training = True
         if self._tell is not None:
@@ -227,54 +222,21 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         self._seconds_before, self._started = result.seconds, 0.0
         if result.best_epoch < result.num_epochs:
             # Restores the optimizer state too, because another training may start from it.
-            _read_checkpoint(network, self._path(result.best_epoch))
+            self._saved.read(network, result.best_epoch)
 
-    def restore(self, network: TwoTowerNetwork) -> int:
+    def resume(self, network: TwoTowerNetwork) -> int:
         """Loads the last saved epoch that is whole; returns its number, 0 if there is none."""
-        epoch, state = on_chief(self._last_whole)
-        self.history, self._seconds_before = state["history"], state["seconds"]
+        epoch, record = on_chief(lambda: self._saved.last_whole(self._best_epoch))
+        self.history, self._seconds_before = record["history"], record["seconds"]
         if epoch:
-            _read_checkpoint(network, self._path(epoch))
+            self._saved.read(network, epoch)
         self._resumed_after = epoch
         return epoch
 
-    def _last_whole(self) -> tuple[int, dict[str, Any]]:
-        # An epoch counts if the best one so far is whole too, since training may end with it.
-        saved = self._folder.glob("epoch-*.json")
-        for epoch in sorted((int(path.stem.partition("-")[2]) for path in saved), reverse=True):
-            if (state := read_whole(self._path(epoch, ".json"))) is not None:
-                self.history = state["history"]
-                if read_whole(self._path(self.best_epoch, ".json")) is not None:
-                    return epoch, state
-        return 0, {"history": {}, "seconds": 0.0}
-
-    def _path(self, epoch: int, suffix: str = "") -> Path:
-        return self._folder / f"epoch-{epoch}{suffix}"
-
-    def _save(self, network: TwoTowerNetwork, epoch: int) -> None:
-        record = self._path(epoch, ".json")
-        with naming(record.parent, tf.errors.OpError):
-            record.parent.mkdir(parents=True, exist_ok=True)
-            _checkpoint(network).write(str(self._path(epoch)))
-        files = [
-            file for file in record.parent.glob(f"{record.stem}.*") if ".json" not in file.name
-        ]
+    def _save(self, epoch: int) -> None:
         so_far = self.result
-        # Written last, with the hashes of the files: an epoch without it does not count.
-        write_record(record, {"history": so_far.history, "seconds": so_far.seconds}, files)
-        keep = {record.stem, f"epoch-{so_far.best_epoch}"}
-        for path in record.parent.glob("epoch-*"):
-            if path.name.partition(".")[0] not in keep:
-                # Also removes epoch-3_temp, which TensorFlow leaves if it is killed while writing.
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _checkpoint(network: TwoTowerNetwork) -> tf.train.Checkpoint:
-    return tf.train.Checkpoint(model=network, optimizer=network.optimizer)
-
-
-def _read_checkpoint(network: TwoTowerNetwork, path: Path) -> None:
-    _checkpoint(network).read(str(path)).assert_existing_objects_matched()
+        record = {"history": so_far.history, "seconds": so_far.seconds}
+        self._saved.save(self.model, epoch, so_far.best_epoch, record)
 
 
 def describe_data(

@@ -116,3 +116,13 @@ def make_optimizer(
         warmup_steps=warmup_steps,
     )
     return make(_From(schedule, first_step) if first_step else schedule)
+
+
+def set_optimizer(
+    network: tf.keras.Model, settings: TrainingSettings, num_steps: int, first_step: int = 0
+) -> None:
+    """Compiles a network with the settings' optimizer, and makes the optimizer's variables."""
+    with network.distribute_strategy.scope():
+        network.compile(optimizer=make_optimizer(settings, num_steps, first_step))
+        # A checkpoint is read before the first step, which would otherwise make these variables.
+        network.optimizer.build(network.trainable_variables)

@@ -33,7 +33,7 @@ from tfrs_pipeline.negatives.samplers import (
 )
 from tfrs_pipeline.run.comparison import Comparison
 from tfrs_pipeline.run.data import RunData, data_steps
-from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.folder import PLANS_FOLDER, RunFolder
 from tfrs_pipeline.run.measure import evaluate_all
 from tfrs_pipeline.run.race import forget_networks
 from tfrs_pipeline.run.steps import RunContext, Step
@@ -167,40 +167,42 @@ def compare(
         return comparison
 
 
-def compare_plans(
-    config: RunConfig, folder: Path, *, progress: Progress = SILENT, begun: RunContext | None = None
-) -> Comparison:
+def compare_plans(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> Comparison:
     """Trains and measures every sampling plan of a config, in `folder`, which is made if missing.
 
     A stopped comparison of the same config in the folder is resumed: trained plans are measured
-    again, and the unfinished one continues. `begun`, a runner that has made the first steps,
-    replaces `progress`. Raises a `ConfigError` if `warm_start` is set, and a `ValueError` if the
-    folder holds something else or the data is refused.
+    again, and the unfinished one continues. Raises a `ConfigError` if `warm_start` is set, and a
+    `ValueError` if the folder holds something else or the data is refused.
     """
+    run_folder = RunFolder(folder)
+    with run_folder.claim(config, is_run=False):
+        return compare_claimed(RunContext(config, run_folder, progress))
+
+
+def compare_claimed(run: RunContext) -> Comparison:
+    """Does a comparison, or what is left of it, in a folder that is claimed."""
+    config = run.config
     if config.warm_start is not None:
         message = "the plans of a comparison all start from random weights; leave it out"
         raise ConfigError([("warm_start", f"got {str(config.warm_start)!r}: {message}")])
     if this_worker().count > 1:
         raise ValueError("A comparison trains in one process. Unset TF_CONFIG, or use run.")
-    run_folder = RunFolder(folder)
-    with run_folder.claim(config, is_run=False):
-        runner = begun or RunContext(config, run_folder, progress)
-        plans, notes = runner.run(plan_steps(config))
-        data: RunData = runner.artifacts["samples"]
-        seeds = range(config.seed, config.seed + config.compare.seeds)
+    plans, notes = run.do(plan_steps(config))
+    data: RunData = run.artifacts["samples"]
+    seeds = range(config.seed, config.seed + config.compare.seeds)
 
-        def measure(name: str, seed: int) -> tuple[Evaluation, TrainingResult]:
-            forget_networks()
-            # The data is the same for all seeds.
-            planned = with_settings(config, {**plans[name], "seed": seed})
-            label = _label(name, seed, len(seeds))
-            model = runner.run([training_step(label, f"plans/{name}/seed-{seed}", planned)])
-            del runner.artifacts[label]  # One network at a time.
-            return evaluate_all(config, {name: model}, data, runner.progress), model.result
+    def measure(name: str, seed: int) -> tuple[Evaluation, TrainingResult]:
+        forget_networks()
+        # The data is the same for all seeds.
+        planned = with_settings(config, {**plans[name], "seed": seed})
+        label = _label(name, seed, len(seeds))
+        model = run.do([training_step(label, f"{PLANS_FOLDER}/{name}/seed-{seed}", planned)])
+        del run.artifacts[label]  # One network at a time.
+        return evaluate_all(config, {name: model}, data, run.progress), model.result
 
-        comparison = _compared(plans, seeds, measure, config.training.monitor, notes)
-        comparison.write(folder)
-        return comparison
+    comparison = _compared(plans, seeds, measure, config.training.monitor, notes)
+    comparison.write(run.folder.path)
+    return comparison
 
 
 def _label(name: str, seed: int, num_seeds: int) -> str:

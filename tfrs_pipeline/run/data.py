@@ -11,13 +11,13 @@ from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.engines import connect, connect_spark
 from tfrs_pipeline.data.held_out_queries import Holdout
 from tfrs_pipeline.data.log import Log, Split
-from tfrs_pipeline.data.schema import ASKED, AskedBy, Exclude
+from tfrs_pipeline.data.schema import ASKED, Exclude
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import Damaged, read_whole
 from tfrs_pipeline.evaluation.evaluate import check_measurable
 from tfrs_pipeline.messages import counted, in_percent
 from tfrs_pipeline.negatives.samplers import FunnelLosers
-from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.folder import DATA, SAMPLES, SPLIT_FILE, RunFolder
 from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.sources.movielens import load_movielens_100k
 
@@ -59,54 +59,59 @@ class RunData:
 def log_steps() -> list[Step]:
     """Returns the steps that make the log and its split; they import no TensorFlow."""
     return [
-        Step("data", (), "log", _make_log, "data/"),
-        Step("split", ("log",), "split", _make_split, "data/split.parquet"),
+        Step("data", (), "log", _make_log, f"{DATA}/", _read_log, Log.describe),
+        Step("split", ("log",), "split", _make_split, SPLIT_FILE, _read_split, Split.describe),
     ]
 
 
 def data_steps(hard: FunnelLosers | None = None) -> list[Step]:
     """Returns the steps that make the samples; `hard` replaces the losers of the settings."""
     make = functools.partial(_make_samples, hard=hard)
-    return [*log_steps(), Step("samples", ("split",), "samples", make, "samples/")]
+    return [*log_steps(), Step("samples", ("split",), "samples", make, f"{SAMPLES}/")]
 
 
 def prepare(config: RunConfig, folder: Path) -> RunData:
     """Makes the samples of a config in a folder, or reads those there."""
-    return RunContext(config, RunFolder(folder)).run(data_steps())
+    return RunContext(config, RunFolder(folder)).do(data_steps())
 
 
 def _make_log(run: RunContext) -> Log:
-    """Makes the log of the settings, or reads it back."""
-    config, folder = run.config, run.folder
-    is_new = not (folder.data / "log.json").exists()
-    if is_new:
-        folder.data.mkdir(parents=True, exist_ok=True)
-        load_log(config.data).write(folder.data)
+    config, folder = run.config.data, run.folder.data
+    folder.mkdir(parents=True, exist_ok=True)
+    load_log(config).write(folder)
+    # It has just been hashed, and to hash a large log takes minutes.
+    return Log.read(folder, connect(config.memory_limit), check_files=False)
+
+
+def _read_log(run: RunContext) -> Log | None:
+    folder = run.folder
+    if not (folder.data / "log.json").exists():
+        return None
     try:
-        # What was just written has been hashed already, and a large log takes minutes to hash.
-        log = Log.read(folder.data, connect(config.data.memory_limit), check_files=not is_new)
+        return Log.read(folder.data, connect(run.config.data.memory_limit))
     except Damaged as error:
         # If made again, it might hold other events than those that were trained on.
         raise Damaged(
             f"{error} Everything in {folder.path} depends on it: train in another folder, with "
             f"--config {folder.config_file} --run-dir NEW, and delete this one."
         ) from error
-    run.note(*log.describe())
-    return log
 
 
 def _make_split(run: RunContext, log: Log) -> Split:
-    """Splits the log, or reads the split back."""
-    path, settings = run.folder.split, run.config.split
-    if read_whole(path.with_suffix(".json")) is None:
-        log.split(**dict(settings), seed=run.config.seed).write(path)
-    split = Split.read(log, path)
-    run.note(*split.describe())
-    return split
+    log.split(**dict(run.config.split), seed=run.config.seed).write(run.folder.split)
+    return Split.read(log, run.folder.split)
+
+
+def _read_split(run: RunContext, log: Log) -> Split | None:
+    path = run.folder.split
+    return None if read_whole(path.with_suffix(".json")) is None else Split.read(log, path)
 
 
 def _make_samples(run: RunContext, split: Split, hard: FunnelLosers | None) -> RunData:
-    """Makes or reads the samples of both trainings, and the queries of validation and test."""
+    """Makes the samples of both trainings, and the queries of validation and test.
+
+    `TrainingSet.build` reads samples back that are whole.
+    """
     from tfrs_pipeline.model.corpus import TrainingSet
     from tfrs_pipeline.model.false_negatives import FalseNegatives, false_negatives
     from tfrs_pipeline.model.two_tower import TwoTower
@@ -152,15 +157,13 @@ def _make_tests(config: RunConfig, split: Split, last: Log) -> tuple[Holdout, Ho
     by, exclude = config.evaluation.by, config.evaluation.exclude
     may_be_by_user = by in (None, "users")
 
-    def ask(by: AskedBy) -> Holdout:
-        most = config.evaluation.max_users
-        return split.holdout("test", most, config.seed, by=by, trained_on=last)
-
-    by_user = ask("users")
+    options: dict[str, Any] = {"max_queries": config.evaluation.max_users, "seed": config.seed}
+    options["trained_on"] = last
+    by_user = split.holdout("test", by="users", **options)
     # A log without an order is an error only if the settings ask by request.
     if split.log.order == "none" and may_be_by_user:
         return by_user, "the log has no order, so no history up to a request"
-    by_request = ask("requests" if by is None or by == "users" else by)
+    by_request = split.holdout("test", by="requests", **options)
     # Measured twice, the same question would only take time.
     if by_request.asks_like(by_user, exclude):
         return by_user, "by request is the same, one request per user with the history before it"

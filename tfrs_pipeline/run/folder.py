@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import shlex
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +12,29 @@ from tfrs_pipeline import durable
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import (
     ExportConfig,
-    MemberConfig,
     RunConfig,
     dump_config,
     flat_settings,
     load_config,
-    plan_settings,
-    with_settings,
 )
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.messages import beside
-from tfrs_pipeline.model.settings import shape_problems
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, version_at, versions_of
-from tfrs_pipeline.settings import ConfigError, refuse
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
+from tfrs_pipeline.settings import ConfigError
 
 CONFIG_FILE, METRICS_FILE, COMPARISON_FILE = "config.toml", "metrics.json", "comparison.json"
+DATA, SPLIT_FILE, SAMPLES = "data", "data/split.parquet", "samples"
+RACE, CHECKPOINTS, PLANS_FOLDER = "race", "checkpoints", "plans"
 MAY_CHANGE = tuple(f"export.{name}" for name in ExportConfig.model_fields)
 """Settings of a started run that may change until something is exported; then only the gate."""
 
 # Files that a run replaces; a user's own files may have the same names.
 _REPLACED = (
     CONFIG_FILE,
-    "data",
-    "samples",
-    "race",
-    "plans",
+    DATA,
+    SAMPLES,
+    RACE,
+    PLANS_FOLDER,
     "native.log",
     "report.html",
     COMPARISON_FILE,
@@ -44,7 +42,7 @@ _REPLACED = (
     "comparison.svg",
 )
 # Files that show that a run has started; from then on its settings are fixed.
-_BEGUN = ("data/log.json", "checkpoints", METRICS_FILE)
+_BEGUN = (f"{DATA}/log.json", CHECKPOINTS, METRICS_FILE)
 _HASH_LINE = "# sha256 of the lines above: "
 
 
@@ -61,11 +59,11 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file, self.metrics_file = path / CONFIG_FILE, path / METRICS_FILE
-        self.data, self.split = path / "data", path / "data" / "split.parquet"
-        self.race, self.race_file = path / "race", path / "race" / "race.json"
+        self.data, self.split = path / DATA, path / SPLIT_FILE
+        self.race, self.race_file = path / RACE, path / RACE / "race.json"
         self.curves_file = self.race / "curves.json"
         self.left_out_file = path / "left_out.json"
-        self.samples, self.checkpoints = path / "samples", path / "checkpoints"
+        self.samples, self.checkpoints = path / SAMPLES, path / CHECKPOINTS
 
     def training_folder(self, name: str) -> Path:
         """Returns the folder of a model's trainings; that of a sum holds those of its members."""
@@ -74,7 +72,7 @@ class RunFolder:
 
     def holds_run(self) -> bool:
         """Returns whether there is a run or a comparison, or a remainder of one."""
-        return self._has(CONFIG_FILE, "plans", *_BEGUN)
+        return self._has(CONFIG_FILE, PLANS_FOLDER, *_BEGUN)
 
     def has_begun(self) -> bool:
         """Returns whether a run has started, whose settings are fixed."""
@@ -100,6 +98,26 @@ class RunFolder:
             )
         return durable.read_record(self.metrics_file)
 
+    def trained_by(self) -> list[str]:
+        """Identifies the training of the run's model by hashes of its epochs' records."""
+        epochs = (self.checkpoints / "two_tower").rglob("epoch-*.json")
+        # The records hold times, so they differ between trainings, even with equal settings.
+        return sorted(map(durable.file_hash, epochs))
+
+    def own_version(self, config: RunConfig) -> Path | None:
+        """Returns the version that was exported from the run's training; None if there is none."""
+        written, models = (self.metrics() or {}).get("export_folder"), config.model_folder
+        # It is among the model's versions, or where it was written: the folders may have moved.
+        versions = [models / str(number) for number in reversed(versions_of(models))]
+        training = self.trained_by()
+        for version in [*versions, *([Path(written)] if written else [])]:
+            with contextlib.suppress(durable.Damaged, OSError):
+                manifest = durable.read_record(version / MANIFEST_FILE, check_files=False)
+                # A refresh carries the record of the training over, but another command exported.
+                if "refreshed" not in manifest and manifest.get("training") == training:
+                    return version
+        return None
+
     def settings(self) -> RunConfig:
         """Reads the settings that the run started with; refuses a lost, cut or changed file."""
         path = self.config_file  # A cut file might hold the settings of another run.
@@ -115,28 +133,16 @@ class RunFolder:
         )
         raise ConfigError([("", message)], str(path))
 
-    def settle(self, config: RunConfig, winner: RunConfig, race: Mapping[str, Any]) -> None:
-        """Replaces the settings by those of a race's winner and its sum, and records the race."""
+    def settings_before_race(self) -> RunConfig | None:
+        """Reads the settings that a decided race began with; None if none was decided here."""
+        record = durable.read_whole(self.race_file)
+        return None if record is None else RunConfig(**record["asked"])
+
+    def record_race(self, config: RunConfig, winner: RunConfig, race: Mapping[str, Any]) -> None:
+        """Records a decided race, and replaces the settings by those of its winner and its sum."""
         content = {"asked": config.model_dump(mode="json"), "race": dict(race)}
         durable.write_record(self.race_file, content)
         self._write_settings(winner)
-
-    def settled(self, config: RunConfig, fixed: Collection[str] | None = None) -> RunConfig:
-        """Returns the settings of a run in this folder; refuses an unusable model name or source.
-
-        If a race of these settings was decided here, they are the winner's. `fixed` are as in
-        `with_source`.
-        """
-        check_model_name(config)
-        config = with_source(config, self, fixed)
-        record = durable.read_whole(self.race_file) if config.recipes else None
-        if record is None:
-            return config
-        # How to export may change, and `claim` refuses what may not.
-        export = {"export": config.export.model_dump()}
-        if with_settings(RunConfig(**record["asked"]), export) != config:
-            return config
-        return with_settings(self.settings(), export)
 
     @contextlib.contextmanager
     def claim(self, config: RunConfig, *, is_run: bool) -> Iterator[None]:
@@ -166,7 +172,7 @@ class RunFolder:
         with durable.naming(self.path, duckdb.IOException):
             self.path.mkdir(parents=True, exist_ok=True)
             with durable.locked(self.path / "lock"):
-                left = ("plans",) if is_run else ("checkpoints", METRICS_FILE)
+                left = (PLANS_FOLDER,) if is_run else (CHECKPOINTS, METRICS_FILE)
                 if self._has(*left):
                     held = f"{self.path} holds a {'comparison' if is_run else 'run'}"
                     raise ValueError(f"{held}. Choose another folder with --run-dir.")
@@ -175,7 +181,7 @@ class RunFolder:
                     yield
                 except ValueError:  # Refused input. After Ctrl-C or a crash, the run is resumed.
                     # Hours of trainings are kept, such as those before a model diverged.
-                    has_trained = self._has("checkpoints", "plans") or self.curves_file.exists()
+                    has_trained = self._has(CHECKPOINTS, PLANS_FOLDER) or self.curves_file.exists()
                     if is_new and not has_trained:
                         shutil.rmtree(self.path, ignore_errors=True)
                         if was_there:
@@ -203,7 +209,7 @@ class RunFolder:
         configs = self.settings(), config
         old, new = (flat_settings(settings.model_dump(mode="json")) for settings in configs)
         changes = [name for name in old | new if old.get(name) != new.get(name)]
-        exported = self.metrics() and own_version(config, self)
+        exported = self.metrics() and self.own_version(config)
         allowed = (*(["export.gate"] if exported else MAY_CHANGE), "compare.seeds")
         refused = [name for name in changes if name not in allowed]
         if refused:
@@ -227,28 +233,6 @@ class RunFolder:
 
 def _hash(settings: str) -> str:
     return hashlib.sha256(settings.encode()).hexdigest()
-
-
-def trained_by(folder: Path) -> list[str]:
-    """Identifies the training of a run's model by hashes of its epochs' records."""
-    epochs = (folder / "checkpoints" / "two_tower").rglob("epoch-*.json")
-    # The records hold times, so they differ between trainings, even with equal settings.
-    return sorted(map(durable.file_hash, epochs))
-
-
-def own_version(config: RunConfig, folder: RunFolder) -> Path | None:
-    """Returns the version exported from the training in a run's folder; None if there is none."""
-    written, models = (folder.metrics() or {}).get("export_folder"), config.model_folder
-    # It is among the model's versions, or where it was written: the folders may have moved.
-    versions = [models / str(number) for number in reversed(versions_of(models))]
-    training = trained_by(folder.path)
-    for version in [*versions, *([Path(written)] if written else [])]:
-        with contextlib.suppress(durable.Damaged, OSError):
-            manifest = durable.read_record(version / MANIFEST_FILE, check_files=False)
-            # A refresh carries the record of the training over, but another command exported it.
-            if "refreshed" not in manifest and manifest.get("training") == training:
-                return version
-    return None
 
 
 def check_model_name(config: RunConfig) -> None:
@@ -278,91 +262,3 @@ def name_of_log(data: DataConfig) -> str:
     # A link to a file is not followed, because its target may change from day to day.
     path = data.path
     return str(path if data.source == "spark" else path.parent.resolve() / path.name)
-
-
-def with_source(
-    config: RunConfig, folder: RunFolder, fixed: Collection[str] | None = None
-) -> RunConfig:
-    """Returns the settings with `warm_start` as a finished run of the same shape, or refuses.
-
-    If the names of the `fixed` settings are known, other settings of the model, its training,
-    the baselines, `evaluation.exclude` and `evaluation.by` come from the source, such as those of a
-    recipe that won there. If the source began from random weights, `training.max_epochs` becomes
-    a fifth of the epochs that it needed, 2 or more: a warm start needs no more
-    (docs/guides/daily.md). A started run keeps its own.
-    """
-    if config.warm_start is None:
-        return config
-    source = _source(config.warm_start, folder)
-    run = RunFolder(source)
-    if fixed is not None:
-        theirs = (folder if folder.has_begun() else run).settings()
-        changes = plan_settings(theirs) | _fewer_epochs(run, theirs, "two_tower")
-        # Rankings that exclude other items would be another service's. An uncorrected model that
-        # the source did not train would begin from random weights.
-        for name in ("exclude", "by", "baselines"):
-            changes[f"evaluation.{name}"] = getattr(theirs.evaluation, name)
-        config = with_settings(config, changes, fixed=fixed)
-        begun = {name: _begun_from(run, theirs, name, config, fixed) for name in theirs.trained}
-        config = with_settings(config, {"summed": {**theirs.summed, **begun}})
-    if folder.metrics() is None:  # A finished run needs no source any more.
-        run.results()  # Refuses one that is not finished.
-        refuse(shape_problems(run.settings().model, config.model))
-    return config.model_copy(update={"warm_start": source})
-
-
-def _fewer_epochs(source: RunFolder, theirs: RunConfig, name: str) -> dict[str, int]:
-    """Returns `training.max_epochs` of a warm start: a fifth of the source's best epoch, or 2.
-
-    Where the rate decays over all epochs, the warm-up becomes shorter in proportion.
-    """
-    if theirs.warm_start is not None:  # That run's number is already a fifth.
-        return {}
-    training = (theirs.trained.get(name) or theirs).training
-    num_epochs = max(2, -(-source.results()["training"][name]["best_epoch"] // 5))
-    changes = {"training.max_epochs": num_epochs}
-    if training.decay != "none":
-        num_steps = training.warmup_steps * num_epochs // training.max_epochs
-        changes["training.warmup_steps"] = num_steps
-    return changes
-
-
-def _begun_from(
-    source: RunFolder, theirs: RunConfig, name: str, config: RunConfig, fixed: Collection[str]
-) -> MemberConfig:
-    """Returns the settings of a sum's member that starts from the same member in the source."""
-    member = theirs.trained[name]
-    changes = {"summed": {}, **plan_settings(member), **_fewer_epochs(source, theirs, name)}
-    plan = with_settings(config, changes, fixed=fixed)
-    return MemberConfig(weight=member.weight, model=plan.model, training=plan.training)
-
-
-def _source(path: Path, folder: RunFolder) -> Path:
-    """Returns the run to start from: the one in a folder, or the one that a manifest names."""
-    if RunFolder(path).config_file.is_file():
-        return path
-    # A started run keeps its source: by now the model has other versions, or the source is gone.
-    if folder.has_begun() and (source := folder.settings().warm_start) is not None:
-        return source
-    try:
-        version = version_at(path)
-    except FileNotFoundError as error:
-        what = "which is neither a run's folder nor an exported model's"
-        raise _refused(f"got {str(path)!r}, {what}. {error}") from None
-    manifest = durable.read_record(version / MANIFEST_FILE, check_files=False)
-    if "run" not in manifest:
-        raise _refused(
-            f"{version} was exported from Python: no run holds its optimizer state. Use "
-            "TwoTower.fit(warm_start=...) there"
-        )
-    source = Path(manifest["run"])
-    if trained_by(source) != manifest["training"]:
-        raise _refused(
-            f"{version} was made by a run in {source}, which is gone with its optimizer state, or "
-            "another run is there now. Give a run's folder, or none to train from random weights"
-        )
-    return source
-
-
-def _refused(message: str) -> ConfigError:
-    return ConfigError([("warm_start", message)])

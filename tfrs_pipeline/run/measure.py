@@ -21,7 +21,6 @@ from tfrs_pipeline.messages import SILENT, Progress, as_interrupts, counted
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.data import RunData, final_part
-from tfrs_pipeline.run.folder import own_version
 from tfrs_pipeline.run.steps import RunContext
 from tfrs_pipeline.serving.publish import publishing
 
@@ -46,14 +45,19 @@ def baselines_of(config: RunConfig, data: RunData) -> dict[str, Sequence[Baselin
 
 
 class MeasuredBaselines(NamedTuple):
-    """The evaluations of baselines, one each, and why others are left out, by name.
+    """The evaluations of baselines, one each, and why others were not measured, by name.
 
-    `failed` has those of the latter that broke, and did not refuse the data.
+    Of these, `failed` has those with an error that is not a refusal of the data.
     """
 
     evaluations: Sequence[Evaluation]
-    left_out: Mapping[str, str]
+    not_measured: Mapping[str, str]
     failed: Mapping[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the measured baselines."""
+        return [name for evaluation in self.evaluations for name in evaluation.results]
 
 
 def measure_baselines(run: RunContext, samples: RunData) -> MeasuredBaselines:
@@ -68,7 +72,7 @@ def measure_baselines(run: RunContext, samples: RunData) -> MeasuredBaselines:
     record |= read_whole(path) or {}
     known, failed, at_work = record["baselines"], record["failed"], record["at_work"]
     again = f"(it is not tried again; to do so, delete {path})"
-    left_out = {name: f"{why} {again}" for name, why in known.items()}
+    not_measured = {name: f"{why} {again}" for name, why in known.items()}
     choices = {
         name: forms for name, forms in baselines_of(config, samples).items() if name not in known
     }
@@ -85,19 +89,20 @@ def measure_baselines(run: RunContext, samples: RunData) -> MeasuredBaselines:
             evaluations.append(evaluation)
             run.note(*notes)
         except ValueError as error:  # A refusal, such as of too many items.
-            left_out[name] = known[name] = str(error)
+            not_measured[name] = known[name] = str(error)
         except Exception as error:  # Whatever it is, it concerns this baseline alone.
-            left_out[name] = known[name] = failed[name] = f"{type(error).__name__}: {error}"
+            why = f"{type(error).__name__}: {error}"
+            not_measured[name] = known[name] = failed[name] = why
         finally:  # After Ctrl-C too.
             del at_work[name]
             write_record(path, record)
-    run.note(*(f"{name} is left out: {why}" for name, why in left_out.items()))
+    run.note(*(f"{name} is left out: {why}" for name, why in not_measured.items()))
     named, by = config.evaluation.baselines, "evaluation.baselines"
     for name, preset in PRESETS.items():
         if preset.settings.get("evaluation.baselines") == named:
             by = f"the preset {name}"
     run.note(*(f"{name}: left out by {by}" for name in BASELINES if name not in named))
-    return MeasuredBaselines(evaluations, left_out, failed)
+    return MeasuredBaselines(evaluations, not_measured, failed)
 
 
 def _fit_and_evaluate(
@@ -138,7 +143,7 @@ def measure(
     The version is compared if the gate is on, or was before.
     """
     from tfrs_pipeline.model.sums import FittedSum
-    from tfrs_pipeline.serving.gate import BEST_MEMBER, IN_SERVICE, version_in_service
+    from tfrs_pipeline.run.gate import BEST_MEMBER, IN_SERVICE, version_in_service
 
     config, progress = run.config, run.progress
     trained: dict[str, Retriever] = {**models}
@@ -158,7 +163,7 @@ def measure(
             log.listed_ids,
             log=log,
             # Never the run's own export, which a resumed run finds in service.
-            without=own_version(config, run.folder),
+            without=run.folder.own_version(config),
         )
         if in_service is not None:
             measured.append(evaluate_all(config, {IN_SERVICE: in_service}, samples, progress))

@@ -1,13 +1,13 @@
 """`tfrs-pipeline run`: from a config to a model in service, with one folder per run.
 
-A model is exported unless it is worse than others, and at most once per training.
+A model is exported unless it is worse than others (`run/gate.py`), and at most once per training.
 """
 
 import dataclasses
 import importlib.metadata
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,16 +17,18 @@ from tfrs_pipeline import __version__
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.durable import read_record, read_whole, recorded_hashes, write_record
 from tfrs_pipeline.evaluation.results import Evaluation
-from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted, sentence
+from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.model.sums import Model
 from tfrs_pipeline.run.data import RunData, data_steps
-from tfrs_pipeline.run.folder import RunFolder, name_of_log, own_version, trained_by
+from tfrs_pipeline.run.folder import CHECKPOINTS, METRICS_FILE, RunFolder, name_of_log
+from tfrs_pipeline.run.gate import pass_gate
 from tfrs_pipeline.run.measure import MeasuredBaselines, examples_of, measure, measure_baselines
 from tfrs_pipeline.run.race import race_step
 from tfrs_pipeline.run.refresh import WRITING
 from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.run.training import training_step, trainings_of, variants
+from tfrs_pipeline.run.warm_start_settings import resolve_settings
 from tfrs_pipeline.serving.export import (
     LIBRARIES,
     NUM_QUERIES,
@@ -34,10 +36,10 @@ from tfrs_pipeline.serving.export import (
     describe_index,
     export_version,
 )
-from tfrs_pipeline.serving.gate import IN_SERVICE, beaten_by_baseline, worse_than_version
 from tfrs_pipeline.serving.index import search_of
 from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, versions_of
 
+VERSION = "export.directory/NAME/VERSION/"  # As the list of steps shows it.
 _NOT_EXPORTED: dict[str, Any] = {"index": {"kind": "none"}, "export_folder": None}
 
 
@@ -60,28 +62,28 @@ class RunResult:
         return None if written is None else Path(written)
 
 
-def run_steps(config: RunConfig) -> list[Step]:
-    """Returns the steps of a run, in order: `run` runs them, `--check` lists them, docs draw them.
+def run_steps(config: RunConfig, *, has_raced: bool = False) -> list[Step]:
+    """Returns the steps of a run, in order: `run` does them, `--check` lists them, docs draw them.
 
-    The last step's file, metrics.json, marks a finished run.
+    If it `has_raced`, the settings are those of a race's winner, and the race is read back. The
+    last step's file, metrics.json, marks a finished run.
     """
-    models, version = tuple(variants(config)), "export.directory/NAME/VERSION/"
+    models, races = tuple(variants(config)), bool(config.recipes) or has_raced
     judged = "samples", "baselines", "two_tower", "measured"
-    every = "samples", "baselines", "measured", "version", *models
+    every = ["samples", "baselines", "measured", "version", *models, *(["race"] if races else [])]
+    by_chief: dict[str, Any] = {"workers": "chief"}
     return [
         *data_steps(),
-        *([race_step()] if config.recipes else []),
-        *(training_step(name, f"checkpoints/{name}") for name in models),
-        Step("baselines", ("samples",), "baselines", measure_baselines, workers="chief"),
-        Step("evaluate", ("samples", "baselines", *models), "measured", measure, workers="chief"),
-        Step("export", judged, "version", _export_best, version, workers="chief"),
-        Step("metrics", every, "metrics", _write_metrics, "metrics.json", workers="chief"),
+        *([race_step()] if races else []),
+        *(training_step(name, f"{CHECKPOINTS}/{name}") for name in models),
+        Step("baselines", ("samples",), "baselines", measure_baselines, **by_chief),
+        Step("evaluate", ("samples", "baselines", *models), "measured", measure, **by_chief),
+        Step("export", judged, "version", _export_best, VERSION, _read_exported, **by_chief),
+        Step("metrics", tuple(every), "metrics", _write_metrics, METRICS_FILE, **by_chief),
     ]
 
 
-def run(
-    config: RunConfig, folder: Path, *, progress: Progress = SILENT, begun: RunContext | None = None
-) -> RunResult:
+def run(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> RunResult:
     """Runs the whole pipeline in a folder, which is made if missing.
 
     A stopped run of the same config in the folder is resumed from its last epoch. A finished run is
@@ -89,7 +91,6 @@ def run(
 
     If TF_CONFIG names several workers, each calls this with the same folder, on a shared file
     system. They train together; the chief alone writes, with its own config, evaluates and exports.
-    `begun`, a run that has made the first artifacts, replaces `progress`.
 
     Raises:
         ValueError: If the folder holds a run of another config, the run to start from is unfinished
@@ -97,18 +98,28 @@ def run(
         WorkerLost: If another worker fails or does not answer.
     """
     training_strategy()  # Joins the other workers, if there are any.
-    # The command line has made the log already, before TensorFlow was imported.
-    run = begun or RunContext(config, RunFolder(folder), progress)
+    run_folder = RunFolder(folder)
+    config = _of_chief(lambda: resolve_settings(config, run_folder))
+    with run_folder.claim(config, is_run=True):
+        return run_claimed(RunContext(config, run_folder, progress))
+
+
+def run_claimed(run: RunContext) -> RunResult:
+    """Does a run, or what is left of it, in a folder that is claimed, with resolved settings."""
+    training_strategy()
     # The other workers take the chief's settings: a shared file system may show the files on which
     # these depend to some workers before others.
-    chiefs = on_chief(lambda: run.folder.settled(config).model_dump(mode="json"))
-    run.config = RunConfig(**chiefs)
-    with run.folder.claim(run.config, is_run=True):
-        if (finished := chief_first(lambda: _read_result(run))) is not None:
-            return finished
-        run.run(run_steps(run.config))
-        # Read back, because only the chief has made it.
-        return RunResult(folder, run.folder.results())
+    run.config = _of_chief(lambda: run.config)
+    if (finished := chief_first(lambda: _read_result(run))) is not None:
+        return finished
+    has_raced = on_chief(lambda: read_whole(run.folder.race_file) is not None)
+    run.do(run_steps(run.config, has_raced=has_raced))
+    # Read back, because only the chief has made it.
+    return RunResult(run.folder.path, run.folder.results())
+
+
+def _of_chief(settings: Callable[[], RunConfig]) -> RunConfig:
+    return RunConfig(**on_chief(lambda: settings().model_dump(mode="json")))
 
 
 def _write_metrics(
@@ -117,10 +128,10 @@ def _write_metrics(
     baselines: MeasuredBaselines,
     measured: Evaluation,
     version: dict[str, Any],
+    race: dict[str, Any] | None = None,
     **models: Model,
 ) -> dict[str, Any]:
     """Writes metrics.json, which marks a finished run."""
-    race = read_whole(run.folder.race_file)  # This process may have resumed after the race.
     metrics = {
         "dataset": run.config.model_name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -137,9 +148,9 @@ def _write_metrics(
             "python": platform.python_version(),
             **{library: importlib.metadata.version(library) for library in LIBRARIES},
         },
-        **({} if race is None else {"race": race["race"]}),
+        **({} if race is None else {"race": race}),
         **version,
-        "left_out": baselines.left_out,
+        "left_out": baselines.not_measured,
         "false_negatives": {
             pool: {**asdict(x), "words": str(x)} for pool, x in samples.false_negatives.items()
         },
@@ -171,7 +182,7 @@ def _read_result(run: RunContext) -> RunResult | None:
         return None
     exports, models = run.config.export.index != "none", run.config.model_folder
     report = StepReport("finished before", ["its results follow; nothing was done"])
-    if (version := own_version(run.config, run.folder)) is not None:
+    if (version := run.folder.own_version(run.config)) is not None:
         metrics["export_folder"] = str(version.resolve())
     elif metrics["export_folder"] is None:
         if exports:  # It was refused, but the settings may allow it now.
@@ -189,9 +200,12 @@ def _read_result(run: RunContext) -> RunResult | None:
     return RunResult(run.folder.path, metrics)
 
 
-def _read_exported(run: RunContext) -> dict[str, Any] | None:
-    """Reads the version that this training was exported as, unless what it holds has changed."""
-    if (version := own_version(run.config, run.folder)) is None:
+def _read_exported(run: RunContext, **_: Any) -> dict[str, Any] | None:
+    """Reads the version that this training was exported as, unless what it holds has changed.
+
+    Exported again, it would push an older version out of `keep_versions`.
+    """
+    if (version := run.folder.own_version(run.config)) is None:
         return None
     manifest = read_record(version / MANIFEST_FILE, check_files=False)
     export, then = run.config.export.model_dump(mode="json"), manifest["config"]["export"]
@@ -211,18 +225,15 @@ def _export_best(
 ) -> dict[str, Any]:
     """Exports the two-tower model, unless a baseline or the version in service is better.
 
-    If baselines failed and none was measured, nothing shows that, and it is not exported either.
-    Returns the export's part of metrics.json.
+    If every baseline failed, the model is not exported. Returns the export's part of metrics.json.
     """
-    if (kept := _read_exported(run)) is not None:
-        return kept  # Exported again, it would push an older version out of `keep_versions`.
     config, folder, log = run.config, run.folder, samples.split.log
     export = config.export
     if export.index == "none":
         run.note("export.index is 'none': nothing is exported")
         return _NOT_EXPORTED
     try:
-        run.note(*_pass_gate(config, folder, measured, baselines))
+        run.note(*pass_gate(config, folder, measured, baselines.names, baselines.failed))
     except NotPublished as error:
         run.note(f"not exported: {str(error).partition('. ')[0]}")
         return {**_NOT_EXPORTED, "refusal": str(error)}
@@ -247,7 +258,7 @@ def _export_best(
                 **recorded_hashes(folder.data / "log.json"),
                 **recorded_hashes(folder.split.with_suffix(".json")),
             },
-            "training": trained_by(folder.path),
+            "training": folder.trained_by(),
             "counts": samples.final.report,
             "metrics": measured.summary()["models"]["two_tower"],
         },
@@ -261,39 +272,3 @@ def _export_best(
         "a fresh process loaded the export and gave the same answers",
     )
     return {"index": manifest["index"], "export_folder": str(version.resolve())}
-
-
-def _pass_gate(
-    config: RunConfig, folder: RunFolder, evaluation: Evaluation, measured: MeasuredBaselines
-) -> Iterator[str]:
-    """Compares the model with the baselines, and with the version in service if that is measured.
-
-    It is not compared with its own export. Yields notes; raises `NotPublished` if it is worse.
-    """
-    export, monitor, models = config.export, config.training.monitor, config.model_folder
-    baselines = [name for each in measured.evaluations for name in each.results]
-    # By the flag that overrules each. All are collected, so that one error names every flag.
-    refusals: dict[str, str] = {}
-    beaten = beaten_by_baseline(evaluation, monitor, baselines)
-    if measured.failed and not baselines:
-        name, why = next(iter(measured.failed.items()))
-        beaten = f"No baseline could be measured to compare the model with. {name}: {sentence(why)}"
-    if beaten:
-        if export.if_beaten:
-            yield f"exported anyway, as export.if_beaten allows: {beaten}"
-        else:
-            refusals["--export.if_beaten"] = beaten
-    if IN_SERVICE in evaluation.results:
-        own = own_version(config, folder)
-        is_worse, text = worse_than_version(evaluation, monitor, models, without=own)
-        if is_worse and export.gate:
-            refusals["--no-export.gate"] = text
-        else:
-            yield f"exported anyway, without the gate: {text}" if is_worse else text
-    elif export.gate:
-        yield "no version is in service yet"
-    if refusals:
-        stays = f"{models} stays as it is. " if versions_of(models) else ""
-        kept = f"{stays}The trained run is kept: --run-dir {folder.path} with"
-        flags = " ".join(refusals)
-        raise NotPublished(f"{' '.join(refusals.values())} {kept} {flags} exports it anyway.")

@@ -59,7 +59,7 @@ def refresh_index(
         options = {"index": index, "keep_versions": keep_versions}
         options = {name: value for name, value in options.items() if value is not None}
         refresh = _Refresh(Path(model), Path(items), options, allow_all_new, progress)
-        return refresh.run(refresh_steps())
+        return refresh.do(refresh_steps())
 
 
 @dataclass

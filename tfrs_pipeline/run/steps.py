@@ -1,7 +1,7 @@
-"""Work as a list of steps, and the one loop that runs it.
+"""Work as a list of steps, and the one loop that runs and resumes it.
 
-The function of a step (`Step.make`) reads its artifact back if it is complete on disk, and makes it
-if not. So work that was stopped resumes at the first step without a complete artifact.
+A step whose artifact is whole on disk is read back (`Step.read`), and any other step makes its
+artifact (`Step.make`). So work that was stopped resumes at the first step without a whole artifact.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import ctypes
 import functools
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,8 +24,10 @@ from tfrs_pipeline.run.folder import RunFolder
 class Step:
     """One step of a run, a comparison or a refresh.
 
-    `make` is called with the runner, and with the artifacts that the step reads as keyword
-    arguments. It returns the artifact that the step writes.
+    `make` and `read` are called with the runner, and with the artifacts that the step reads as
+    keyword arguments. They return the artifact that the step writes; `read` returns None if it is
+    not whole on disk. Without `read`, `make` itself goes on from what it finds at the path: samples
+    and trainings are resumed in Python too.
     """
 
     name: str
@@ -33,6 +35,9 @@ class Step:
     writes: str
     make: Callable[..., Any]
     path: str = ""  # Where the artifact is stored; empty if in memory.
+    read: Callable[..., Any] = lambda runner, **inputs: None
+    # What the user is told of the artifact, whether it was made or read back.
+    describe: Callable[[Any], Iterable[str]] = lambda artifact: ()
     # If several workers train together: "all" do the step at once, as in a training; or the chief
     # does it first, and the others then read its files; or only the chief does it.
     workers: Literal["all", "chief first", "chief"] = "chief first"
@@ -52,44 +57,45 @@ class Runner:
         self.reports: list[StepReport] = []
         self._held = contextlib.ExitStack()
 
-    def run(self, steps: Sequence[Step]) -> Any:
-        """Calls the steps in order; returns the last artifact.
+    def do(self, steps: Sequence[Step]) -> Any:
+        """Does the steps in order; returns the last artifact.
 
-        A step whose artifact this runner has already, from another list, is passed over. What is on
-        disk the step itself reads back.
+        Skips steps whose artifact an earlier call made.
 
         Example:
             >>> one = Step("first", (), "number", lambda runner: 1)
             >>> two = Step("second", ("number",), "sum", lambda runner, number: number + 1)
-            >>> Runner().run([one, two])
+            >>> Runner().do([one, two])
             2
         """
-        artifact = None
         with self._held:
             for step in steps:
-                # A runner that goes on from another list of steps has the first artifacts already.
                 if step.writes not in self.artifacts:
-                    self._make_together(step)
-                artifact = self.artifacts.get(step.writes)
-        return artifact
+                    self._do_together(step)
+        return self.artifacts.get(steps[-1].writes) if steps else None
 
-    def _make_together(self, step: Step) -> None:
-        """Makes a step's artifact on the workers that it is for."""
+    def _do_together(self, step: Step) -> None:
+        """Does a step on the workers that it is for."""
         if step.workers == "all" or this_worker().count == 1:
-            self._make(step)
+            self._do(step)
             return
         # Imported here, because reading a log needs no TensorFlow.
         from tfrs_pipeline.model.distribution import chief_first, on_chief
 
         call = on_chief if step.workers == "chief" else chief_first
-        call(functools.partial(self._make, step))
+        call(functools.partial(self._do, step))
 
-    def _make(self, step: Step) -> None:
+    def _do(self, step: Step) -> None:
+        """Reads the artifact of a step back, or makes it; here stopped work is resumed."""
         report, start = StepReport(step.name), time.monotonic()
         self.reports.append(report)
         self.progress.task(step.name, 0, 0)
         inputs = {name: self.artifacts[name] for name in step.reads}
-        self.artifacts[step.writes] = step.make(self, **inputs)
+        artifact = step.read(self, **inputs)
+        if artifact is None:
+            artifact = step.make(self, **inputs)
+        self.artifacts[step.writes] = artifact
+        self.note(*step.describe(artifact))
         if step.workers == "all":  # After a training. Elsewhere, a second of work gains little.
             give_back_memory()
         report.seconds = round(time.monotonic() - start, 3)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -12,9 +13,10 @@ from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.baselines import Ials
 from tfrs_pipeline.evaluation.evaluate import Truth
 from tfrs_pipeline.messages import SILENT, Progress, counted
+from tfrs_pipeline.model.checkpoints import read_epoch
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import training_strategy
-from tfrs_pipeline.model.fit import read_epoch
+from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.optimizer import make_optimizer
@@ -39,15 +41,13 @@ def training_step(name: str, path: str, config: RunConfig | None = None) -> Step
     def make(run: RunContext, samples: RunData) -> Model:
         settings = config or variants(run.config)[name]
         folder, progress = run.folder.path / path, run.progress
-        model: Model
         if settings.summed:
-            model = train_sum(settings, samples, folder=folder, progress=progress)
-        else:
-            model = train_and_refit(settings, samples, name=name, folder=folder, progress=progress)
-        run.note(*model.notes)
-        return model
+            return train_sum(settings, samples, folder=folder, progress=progress)
+        return train_and_refit(settings, samples, name=name, folder=folder, progress=progress)
 
-    return Step(f"train {name}", ("samples",), name, make, path, workers="all")
+    return Step(
+        f"train {name}", ("samples",), name, make, path, describe=attrgetter("notes"), workers="all"
+    )
 
 
 def check_plan(plan: TwoTower, data: TrainingSet) -> None:
@@ -263,10 +263,10 @@ def trained_in(
     with training_strategy().scope():
         network = plan_of(config, name).build(corpus)
     best_epoch = training[name]["best_epoch"]
-    result = read_epoch(network, config.training, checkpoints / step, best_epoch)
-    encoder = query_encoder(network, corpus)
+    record = read_epoch(network, config.training, checkpoints / step, best_epoch)
+    result = TrainingResult(record["history"], best_epoch, record["seconds"])
+    encoder, bonus = query_encoder(network, corpus), training[name].get("repeat_bonus")
     model = FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log=log)
-    bonus = training[name].get("repeat_bonus")
     return dataclasses.replace(model, repeat_bonus=bonus and RepeatBonus(**bonus))
 
 

@@ -1,11 +1,12 @@
-"""Compares a new model with the version in service, and refuses one that is worse."""
+"""Decides whether a model is exported: not if a baseline or the version in service is better."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import ASKED
@@ -14,12 +15,54 @@ from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.features.encoding import request_signature
+from tfrs_pipeline.messages import sentence
 from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, exclude_of, versions_of
+from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, exclude_of, versions_of
 from tfrs_pipeline.serving.retriever import LoadedRetriever, load
 
 IN_SERVICE = "in_service"  # The version's name in an evaluation.
 BEST_MEMBER = "best_member"  # The name of the first member of a sum.
+
+
+def pass_gate(
+    config: RunConfig,
+    folder: RunFolder,
+    evaluation: Evaluation,
+    baselines: Sequence[str],
+    failed: Mapping[str, str],
+) -> Iterator[str]:
+    """Compares the model with the baselines, and with the version in service if that is measured.
+
+    It is not compared with its own export. `failed` says, by name, why baselines could not be
+    measured. Yields notes; raises `NotPublished` if the model is worse, or if every baseline
+    failed.
+    """
+    export, monitor, models = config.export, config.training.monitor, config.model_folder
+    # By the flag that overrules each. All are collected, so that one error names every flag.
+    refusals: dict[str, str] = {}
+    beaten = beaten_by_baseline(evaluation, monitor, baselines)
+    if failed and not baselines:
+        name, why = next(iter(failed.items()))
+        beaten = f"No baseline could be measured to compare the model with. {name}: {sentence(why)}"
+    if beaten and export.if_beaten:
+        yield f"exported anyway, as export.if_beaten allows: {beaten}"
+    elif beaten:
+        refusals["--export.if_beaten"] = beaten
+    if IN_SERVICE in evaluation.results:
+        own = folder.own_version(config)
+        is_worse, text = worse_than_version(evaluation, monitor, models, without=own)
+        if is_worse and export.gate:
+            refusals["--no-export.gate"] = text
+        else:
+            yield f"exported anyway, without the gate: {text}" if is_worse else text
+    elif export.gate:
+        yield "no version is in service yet"
+    if refusals:
+        stays = f"{models} stays as it is. " if versions_of(models) else ""
+        kept = f"{stays}The trained run is kept: --run-dir {folder.path} with"
+        flags = " ".join(refusals)
+        raise NotPublished(f"{' '.join(refusals.values())} {kept} {flags} exports it anyway.")
 
 
 def version_in_service(
@@ -52,13 +95,13 @@ def version_in_service(
         )
     known, embeddings = known[is_there], embeddings[is_there]
     # Score these items for the old version too, so that both models rank the same candidates.
-    left_out = np.setdiff1d(candidate_ids, candidate_ids if exported is None else exported)
-    left_out = np.setdiff1d(left_out, known)
-    if len(left_out):
+    unlisted = np.setdiff1d(candidate_ids, candidate_ids if exported is None else exported)
+    unlisted = np.setdiff1d(unlisted, known)
+    if len(unlisted):
         features = retriever.features["candidate"]
-        nothing = {feature.name: [None] * len(left_out) for feature in features}
-        embedded, is_trained = retriever.embed_candidates(left_out.tolist(), nothing)
-        known = np.concatenate([known, left_out[is_trained]])
+        nothing = {feature.name: [None] * len(unlisted) for feature in features}
+        embedded, is_trained = retriever.embed_candidates(unlisted.tolist(), nothing)
+        known = np.concatenate([known, unlisted[is_trained]])
         embeddings = np.concatenate([embeddings, embedded[is_trained]])
     return ExactRetriever(known, embeddings, _query_embedder(retriever, log))
 
