@@ -235,3 +235,11 @@ def test_only_folders_below_what_is_named_make_columns(tmp_path: Path, suffix: s
     getattr(rows.drop(columns="user_id"), f"to_{suffix}")(file, index=False)
     with pytest.raises(DataError, match="no column 'user_id'"):
         Log.from_files(file)
+
+
+def test_a_table_of_delta_lake_is_refused(tmp_path: Path) -> None:
+    """Its folder still has the files whose rows were deleted."""
+    (tmp_path / "clicks" / "_delta_log").mkdir(parents=True)
+    pq.write_table(pa.table({"user_id": [1], "item_id": [2]}), tmp_path / "clicks" / "a.parquet")
+    with pytest.raises(DataError, match="clicks is a table of Delta Lake: .* delta_scan"):
+        Log.from_files(tmp_path)

@@ -297,3 +297,14 @@ def test_what_is_no_table_is_refused() -> None:
         Log.from_table([1, 2])
     with pytest.raises(ConfigError, match=r"^colums: unknown setting; did you mean 'columns'\?$"):
         Reading(**{"colums": {}})
+
+
+def test_an_id_that_many_people_share_is_told() -> None:
+    def described(num_guests: int, num_users: int) -> str:
+        users = [*(f"u{i}" for i in range(num_users)), *["guest"] * num_guests]
+        clicks = {"user_id": users, "item_id": range(len(users))}
+        return " ".join(Log.from_table(pd.DataFrame(clicks)).describe())
+
+    assert ("guest" in described(150, 500), "guest" in described(4, 20)) == (True, False)
+    assert "guest" not in described(150, 9_000)  # 1.6%: a busy person, or a bot.
+    assert "user 'guest' has 23.1% of the positives" in described(150, 500)

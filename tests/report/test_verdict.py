@@ -110,14 +110,16 @@ def test_popularity_slices_are_told_apart() -> None:
     metrics["differences"]["ease"][f"head/{METRIC}"] = interval(0.2)
     metrics["differences"]["ease"][f"torso/{METRIC}"] = interval(0.005)
     found = by_popularity(metrics, METRIC)
-    assert (found.answer, found.outcome) == (f"beats the best baseline for {RARE}", LEVEL)
+    best = "the best baseline for"
+    answer = f"beats {best} {RARE}; ties with {best} {MIDDLING}; is behind {best} {POPULAR}"
+    assert (found.answer, found.outcome) == (answer, LEVEL)
     assert f"{MIDDLING}: it ties with EASE (0.30 against 0.25)" in found.why
     assert f"{POPULAR}: it is behind EASE (0.50 against 0.70)" in found.why
     assert "EASE finds" not in found.why
     # A list of 100 can hold the whole head of 100 items, whatever the model.
     metrics["models"]["two_tower"]["slices"]["head"]["num_candidates"] = 100
     found = by_popularity(metrics, METRIC)
-    assert found.answer == f"beats the best baseline for {RARE}"
+    assert found.answer == f"beats {best} {RARE}; ties with {best} {MIDDLING}"
     assert found.why.endswith(f"; not compared, since one list of 100 could hold all {POPULAR}")
     for of_slice in metrics["models"]["two_tower"]["slices"].values():
         of_slice["num_candidates"] = 50
@@ -145,7 +147,7 @@ def test_slices_are_compared_query_by_query() -> None:
     metrics["differences"]["ease"][f"tail/{METRIC}"] = interval(-0.005, 0.002)
     metrics["differences"]["ease"][f"head/{METRIC}"] = interval(0.005, 0.002)
     found = by_popularity(metrics, METRIC)
-    assert found.answer == f"beats the best baseline for {RARE}"
+    assert found.answer.endswith(f"is behind the best baseline for {POPULAR}")
     assert f"{POPULAR}: it is behind EASE" in found.why
     # A baseline that is ahead counts, however wide another baseline's interval is.
     metrics = made({"two_tower": 0.3, "ease": 0.295, "ials": 0.295})
@@ -200,6 +202,9 @@ def test_the_other_question_is_told_only_where_it_would_decide_otherwise(
     if answer is not None:
         assert (found or "").startswith(f"{answer}, by user, in {METRIC} ")
         assert "set evaluation.by to users" in (found or "")
+        # Else nothing would say what is different.
+        is_other = max(by_request) != by_request[by_user.index(max(by_user))]
+        assert ("is highest, here" in (found or "")) == is_other
     # The question that decides does not see the other one.
     assert compared_with_baselines(decisive | {"other": other}, METRIC).why.startswith("by request")
 

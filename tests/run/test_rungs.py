@@ -37,8 +37,8 @@ def replayed(
     for name, num_epochs in done:
         train(name, num_epochs, "before")
     turns.clear()
-    race_in_rungs(curves, train, budget)
-    return tp.Race([*curves.values()], "ndcg@100"), turns
+    was_cut = race_in_rungs(curves, train, budget)
+    return tp.Race([*curves.values()], "ndcg@100", was_cut=was_cut), turns
 
 
 def epochs_of(race: tp.Race) -> dict[str, int]:
@@ -112,6 +112,22 @@ def test_a_budget_ends_the_race_with_the_leader() -> None:
     assert min(epochs_of(replayed(known, budget=30.0)[0]).values()) >= FIRST_EPOCHS
     # Epochs are not cut: who is being timed when the budget ends is the last.
     assert epochs_of(replayed(known, budget=1.0)[0]) == {"poor": TIMED_EPOCHS, "fair": 0, "good": 0}
+
+
+def test_what_is_left_of_a_budget_goes_to_many_epochs() -> None:
+    """After the first round, 2 of 30 seconds are left: for one epoch of `dear`, or for `cheap`."""
+    rising = [0.1 + 0.001 * epoch for epoch in range(40)]
+    seconds = {"slow": 10.0, "dear": 3.0, "cheap": 1.0}
+    race, _ = replayed(dict.fromkeys(seconds, rising), seconds, 30.0)
+    assert epochs_of(race) == {"slow": TIMED_EPOCHS, "dear": TIMED_EPOCHS, "cheap": 10}
+    assert race.winner == "cheap"
+
+
+def test_a_race_says_whether_its_budget_ended_it() -> None:
+    known = {x: [0.1 + x * epoch / 1e4 for epoch in range(40)] for x in (9, 10)}
+    known = {f"gains {x}": values for x, values in known.items()}
+    line = "the budget ended the race: others might still have won"
+    assert [line in replayed(known, budget=x)[0].lines() for x in (9.0, math.inf)] == [True, False]
 
 
 def test_one_recipe_alone_does_not_race() -> None:

@@ -323,6 +323,12 @@ def _files_below(path: Path) -> list[Path]:
 
     files, seen = list[Path](), {os.path.realpath(path)}
     for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
+        if "_delta_log" in folders:
+            raise DataError(
+                f"{folder} is a table of Delta Lake: its files also hold rows that were deleted. "
+                "Write what it holds now as Parquet, for instance with DuckDB's delta_scan, and "
+                "give that."
+            )
         new = []
         # Engines leave _SUCCESS, ._x.crc and the like beside their output.
         for name in sorted(name for name in (*folders, *names) if name[0] not in "._"):

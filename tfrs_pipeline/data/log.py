@@ -25,10 +25,13 @@ from tfrs_pipeline.data.settings import Reading, SplitConfig
 from tfrs_pipeline.data.split import PARTS, split_events
 from tfrs_pipeline.data.tables import make_tables
 from tfrs_pipeline.durable import read_record, refuse_others, replacing, write_record
-from tfrs_pipeline.messages import Lines, counted
+from tfrs_pipeline.messages import Lines, counted, in_percent
 
 # Table -> the column that its rows are ordered by in a file.
 _KEYS = {"events": "event_number", "items": "item_id", "users": "user_id"}
+# A user with more than this share of the positives, and this many times the mean of all users, may
+# be an id that many people share.
+_MUCH_OF_ONE, _TIMES_THE_MEAN = 0.05, 100
 _NUMBERED = (
     "It is a distinct int64 for each event, in their order: number the events once, such as by "
     "row_number() OVER (ORDER BY timestamp), and store it."
@@ -549,10 +552,26 @@ def _described(log: Log) -> Iterator[str]:
         merged, dropped = f"merged {rows} {entry.reason}", f"dropped {rows}: {entry.reason}"
         yield merged if entry.is_merged else dropped
     yield from log.notes
+    yield from _note_shared_id(log.positives())
     source = schema.Source("event table", log.reading.columns)
     if log.order != "none":
         yield from note_lost_histories(log.events, log.ties, source)
     yield from request_features.note_leaks(log.events, log.request_features, source)
+
+
+def _note_shared_id(positives: ibis.Table) -> Iterator[str]:
+    """Notes a user who has many of the positives, as an id that all guests share does."""
+    by_user = positives.group_by("user_id").agg(num=ibis._.count())
+    totals = schema.totals(by_user, users=by_user.count(), num=by_user["num"].sum())
+    num = totals["num"] or 0
+    for user in by_user.order_by(ibis.desc("num"), "user_id").limit(1).to_pyarrow().to_pylist():
+        share = user["num"] / num
+        if share > _MUCH_OF_ONE and share * totals["users"] > _TIMES_THE_MEAN:
+            yield (
+                f"warning: user {user['user_id']!r:.80} has {in_percent(user['num'], num)} of the "
+                "positives: if that id stands for many people, such as guests, leave its rows out, "
+                "or give each visit an id of its own"
+            )
 
 
 def _listed(counts: Mapping[str, int]) -> str:

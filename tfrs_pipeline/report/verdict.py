@@ -116,12 +116,11 @@ def other_question(metrics: Metrics, metric: str) -> str | None:
     )
     if decisive.outcome is otherwise.outcome and best == best_otherwise:
         return None
-    by = other["asked_by"]
+    by, why = other["asked_by"], otherwise.why
+    if best != best_otherwise:
+        why += f"; there {best_otherwise} is highest, here {best}"
     for_whom = "lists that are made once, as for a daily mail" if by == "users" else "a service"
-    return (
-        f"{otherwise.answer}, {otherwise.why}. For {for_whom}, decide by that: set evaluation.by "
-        f"to {by}"
-    )
+    return f"{otherwise.answer}, {why}. For {for_whom}, decide by that: set evaluation.by to {by}"
 
 
 def by_popularity(metrics: Metrics, metric: str) -> Verdict:
@@ -156,10 +155,11 @@ def by_popularity(metrics: Metrics, metric: str) -> Verdict:
         return Verdict("not compared", reason, None)
     if small:
         clauses.append(f"not compared, since {reason}")
-    first = min(slices, key=[*Outcome].index)
-    answer = f"{VERBS[first]} the best baseline for {listed(slices[first])}"
-    outcome = first if len(slices) == 1 else Outcome.LEVEL
-    return Verdict(answer, f"by {metric}, {'; '.join(clauses)}", outcome)
+    # Best first, so that nobody has to look for where the model loses.
+    ordered = sorted(slices, key=[*Outcome].index)
+    answers = [f"{VERBS[x]} the best baseline for {listed(slices[x])}" for x in ordered]
+    outcome = ordered[0] if len(slices) == 1 else Outcome.LEVEL
+    return Verdict("; ".join(answers), f"by {metric}, {'; '.join(clauses)}", outcome)
 
 
 def found_by_index(index: Metrics, num_items: int) -> Verdict:

@@ -57,7 +57,7 @@ class Race:
     `not_begun` says, by recipe, why it did not race. `choice` says which of the models are summed;
     it is None if no sum was tried (`members` 1). `configs` has the settings of each recipe, with
     the `model.history_shrinkage` that validation chose, and `best_values` its value of the metric
-    with it.
+    with it. `was_cut` says that the budget ended the race before the curves decided.
     """
 
     curves: Sequence[Curve]
@@ -66,6 +66,7 @@ class Race:
     choice: Choice | None = None
     configs: Mapping[str, RunConfig] = dataclasses.field(default_factory=dict)
     best_values: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    was_cut: bool = False
 
     @property
     def winner(self) -> str:
@@ -95,6 +96,7 @@ class Race:
                 for curve in others
             ),
             *(f"{name} did not race: {why}" for name, why in self.not_begun.items()),
+            *(["the budget ended the race: others might still have won"] if self.was_cut else ()),
             *(self.choice.lines() if self.choice else ()),
         ]
 
@@ -245,7 +247,7 @@ class _Racing:
 
     def decide(self, budget: float) -> Race:
         """Races until the budget is spent, trains the winner to its end, and chooses the sum."""
-        race_in_rungs(self.curves, self._train_in_turn, budget)
+        was_cut = race_in_rungs(self.curves, self._train_in_turn, budget)
         while True:  # Until the winner has trained to its end, where it may still diverge.
             for name, curve in self.curves.items():
                 if curve.values and not curve.failure and name not in self._values:
@@ -269,7 +271,7 @@ class _Racing:
             chosen = {"model.history_shrinkage": shrinkage}
             self.configs[name] = with_settings(self.configs[name], chosen)
         choice = self._choose_sum(decided.winner) if self._run.config.members > 1 else None
-        return dataclasses.replace(decided, choice=choice, configs=self.configs)
+        return dataclasses.replace(decided, choice=choice, configs=self.configs, was_cut=was_cut)
 
     def model(self, name: str) -> Any:
         """Reads back the model of a recipe, as trained so far; fits iALS."""

@@ -77,11 +77,13 @@ def race_in_rungs(
     curves: dict[str, Curve],
     train: Callable[[str, int, str], object],
     budget: float = math.inf,
-) -> None:
+) -> bool:
     """Trains recipes until one is left, all that are left have ended, or the budget is spent.
 
-    Updates their `curves`. In the first round, each recipe is timed: it trains for `FIRST_EPOCHS`,
-    or for `TIMED_EPOCHS` if there is a budget. In each further round, those that are left train up
+    Updates their `curves`; returns whether the budget was spent before one was left.
+
+    In the first round, each recipe is timed: it trains for `FIRST_EPOCHS`, or for `TIMED_EPOCHS` if
+    there is a budget. In each further round, those that are left train up
     to the same CPU time t: first the time that `FIRST_EPOCHS` of the slowest take, then twice the
     time of the round before. A recipe trains on if its best value by t, plus what it can still
     gain, reaches the leader's best by t:
@@ -136,17 +138,18 @@ def race_in_rungs(
 
     racing = list(curves)
     if len(racing) < 2:
-        return
+        return False
     for name in racing:
         turn(name, 1)
     first = FIRST_EPOCHS * max(curve.epoch_seconds for curve in curves.values())
     seconds = min(first, budget / len(curves))
     for number in itertools.count(2):
-        for name in racing:
+        # The cheapest first: where the budget ends in this round, most of them get their turn.
+        for name in sorted(racing, key=lambda name: curves[name].epoch_seconds):
             turn(name, number, seconds)
         racing = [name for name in racing if name not in diverged]
         if not racing:
-            return
+            return False
         best = {name: curves[name].best_by(seconds) for name in racing}
         gain = {name: best[name] - curves[name].best_by(seconds / 2) for name in racing}
         reach = {name: best[name] + STILL_TO_GAIN * gain[name] for name in racing}
@@ -158,7 +161,7 @@ def race_in_rungs(
         share = unspent() / len(racing)  # Equal, so that the last round has time for all.
         left = [name for name in racing if curves[name].num_epochs > reached[name]]
         if len(racing) == 1 or not any(0 < curves[name].epoch_seconds <= share for name in left):
-            return
+            return len(racing) > 1 and bool(left)
         seconds = min(2 * seconds, seconds + share)
 
 
