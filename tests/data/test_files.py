@@ -241,5 +241,5 @@ def test_a_table_of_delta_lake_is_refused(tmp_path: Path) -> None:
     """Its folder still has the files whose rows were deleted."""
     (tmp_path / "clicks" / "_delta_log").mkdir(parents=True)
     pq.write_table(pa.table({"user_id": [1], "item_id": [2]}), tmp_path / "clicks" / "a.parquet")
-    with pytest.raises(DataError, match="clicks is a table of Delta Lake: .* delta_scan"):
+    with pytest.raises(DataError, match=r"clicks is a table of Delta Lake: .* delta_scan"):
         Log.from_files(tmp_path)

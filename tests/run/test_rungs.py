@@ -124,8 +124,7 @@ def test_what_is_left_of_a_budget_goes_to_many_epochs() -> None:
 
 
 def test_a_race_says_whether_its_budget_ended_it() -> None:
-    known = {x: [0.1 + x * epoch / 1e4 for epoch in range(40)] for x in (9, 10)}
-    known = {f"gains {x}": values for x, values in known.items()}
+    known = {f"gains {x}": [0.1 + x * epoch / 1e4 for epoch in range(40)] for x in (9, 10)}
     line = "the budget ended the race: others might still have won"
     assert [line in replayed(known, budget=x)[0].lines() for x in (9.0, math.inf)] == [True, False]
 
