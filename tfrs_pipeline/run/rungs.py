@@ -1,6 +1,5 @@
 """The rule of a race: which recipes train on after each round, by their curves alone."""
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -143,7 +142,9 @@ def race_in_rungs(
         turn(name, 1)
     first = FIRST_EPOCHS * max(curve.epoch_seconds for curve in curves.values())
     seconds = min(first, budget / len(curves))
-    for number in itertools.count(2):
+    number = 1
+    while True:
+        number += 1
         # The cheapest first: where the budget ends in this round, most of them get their turn.
         for name in sorted(racing, key=lambda name: curves[name].epoch_seconds):
             turn(name, number, seconds)
