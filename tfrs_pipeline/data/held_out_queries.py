@@ -17,7 +17,7 @@ from tfrs_pipeline.data.engines import random_key
 from tfrs_pipeline.data.histories import query_start, whole_seconds, with_num_before
 from tfrs_pipeline.data.ids import as_id_array
 from tfrs_pipeline.data.request_features import at_request
-from tfrs_pipeline.data.schema import DataError, Stage, is_dislike, is_positive, order_keys
+from tfrs_pipeline.data.schema import DataError, is_dislike, is_positive, order_keys
 from tfrs_pipeline.retrieval import Query
 
 EvaluationPart: TypeAlias = Literal["validation", "test"]
@@ -266,8 +266,7 @@ def _draw_users(
 
 def _read_events(split: ibis.Table, part: EvaluationPart, by: schema.AskedBy, log: Any) -> pa.Table:
     """Reads the targets, and the events that a query may know, by user and in order."""
-    shown = Stage.CLICKED, Stage.EXPOSED, Stage.DISLIKED
-    was_shown = split["stage"].isin([stage.value for stage in shown])
+    was_shown = split["stage"].isin([stage.value for stage in schema.SEEN])
     before = (*_PARTS_BEFORE[part], *([] if by == "users" else [part]))
     has_requests = "request_id" in split.columns
     known = {

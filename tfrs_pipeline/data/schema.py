@@ -66,6 +66,10 @@ class Stage(enum.StrEnum):
     DISLIKED = "disliked"  # Its user said "not this": never a positive, never shown to them again.
 
 
+SEEN = Stage.CLICKED, Stage.EXPOSED, Stage.DISLIKED
+"""The stages of items that their user has seen."""
+
+
 @dataclass(frozen=True)
 class Dropped:
     """Rows that were dropped, or merged into others: why, for a person, and how many."""

@@ -13,7 +13,7 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import feature_from_dict
 from tfrs_pipeline.features.raw import MAX_SECONDS, to_seconds
 from tfrs_pipeline.model import tf_tables
-from tfrs_pipeline.model.exclusions import left_out
+from tfrs_pipeline.model.exclusions import left_out, rule_of
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.tf_tables import as_ids, lookup, signature_inputs, stored, traced
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query, history_of
@@ -38,9 +38,9 @@ class Encoder(tf.Module):
     Attributes:
         embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool and
             num_known_items [B] int32, how many items of the history the training had; all by the
-            user's stored history and features. Also `known_items` [B, any], the ids that
-            `retrieve_user` excludes: the known positives, unless the model retrieves them, and what
-            the user disliked; absent where there is neither. None without user data.
+            user's stored history and features. Also `known_items` [B, any], ids to exclude:
+            dislikes, and known positives if the model excludes them. Absent if the model has
+            neither. None without user data.
             With a repeat bonus, this and the next two functions also return `repeated_items`
             [B, any], the distinct ids of the history, and `bonuses` [B, any] float32.
         embed_query: user_id [B], history [B, L] oldest first -> the first three, from this history.
@@ -108,9 +108,7 @@ class Encoder(tf.Module):
             times = _lists([self._history_times, self._histories[1]], query_rows)
         embedded = self._embed(query_rows, _lists(self._histories, query_rows), times, raw)
         disliked = [] if self._disliked is None else [self._disliked]
-        excludes_known = self._model().leaves_out_known
-        tables = left_out([self._known], disliked, excludes_known=excludes_known)
-        if not tables:
+        if not (tables := left_out(rule_of(self._model()), [self._known], disliked)):
             return embedded
         items = [self._items_in(table, user_id) for table in tables]
         return {**embedded, "known_items": tf.concat(items, axis=1)}

@@ -10,11 +10,9 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.durable import Damaged, flush, locked, naming, read_record
 from tfrs_pipeline.messages import beside
 
@@ -43,12 +41,6 @@ def versions_of(folder: Path) -> list[int]:
     names = [child.name for child in folder.iterdir() if (child / MANIFEST_FILE).is_file()]
     # 001 is not a version: its number, 1, would not lead back to it.
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
-
-
-def exclude_of(manifest: Mapping[str, Any]) -> Exclude:
-    """Returns the `evaluation.exclude` that a version was trained with; "clicked" if unknown."""
-    exclude: Exclude = manifest.get("config", {}).get("evaluation", {}).get("exclude", "clicked")
-    return exclude
 
 
 def no_model_at(path: Path) -> FileNotFoundError:

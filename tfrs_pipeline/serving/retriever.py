@@ -25,7 +25,7 @@ from tfrs_pipeline.model.encoder import (
     query_inputs,
     request_inputs,
 )
-from tfrs_pipeline.model.exclusions import left_out
+from tfrs_pipeline.model.exclusions import left_out, rule_of_version
 from tfrs_pipeline.model.tf_tables import as_ids, id_lists_of, signature_inputs
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Excluded, Query, Retrieved, history_of
 from tfrs_pipeline.serving import publish, signatures
@@ -108,6 +108,8 @@ class LoadedRetriever:
                 for name in signatures.RETRIEVALS
                 if name in self.signatures
             }
+        has_bonus = "bonuses" in functions["embed_query"].structured_outputs
+        self._rule = rule_of_version(self.manifest, has_bonus=has_bonus)
         self._has_bias: bool = self.manifest.get("has_item_bias", False)
         index = self.manifest["index"]
         if index["kind"] == "scann" and not exact and not has_scann():
@@ -124,7 +126,7 @@ class LoadedRetriever:
                 model, self.manifest, self.candidates, self.embed_raw, num_leaves
             )
             if self.manifest["user_data"]:
-                self.activity = Activity(model, self.encoder, self.manifest, self.excludes_known)
+                self.activity = Activity(model, self.encoder, self.manifest, self._rule)
 
     @property
     def excludes_known(self) -> bool:
@@ -133,8 +135,7 @@ class LoadedRetriever:
         They do as the rankings of the test did: not after `evaluation.exclude none`, nor with a
         repeat bonus.
         """
-        has_bonus = "bonuses" in self.saved_model.signatures["embed_query"].structured_outputs
-        return bool(self.manifest.get("excludes_known", not has_bonus))
+        return self._rule != "none"
 
     def _candidates(self, levels: Sequence[Mapping[str, int]]) -> Candidates:
         """Reads the candidates, and the index too, unless `levels` is empty."""
@@ -191,11 +192,11 @@ class LoadedRetriever:
 
         What they did is the stored history and the events recorded since, in time order. Users
         without either get the answer for an empty history. Clicks, stored and recorded, are
-        excluded if `excludes_known`; recorded views if the training's `evaluation.exclude` was
-        seen; dislikes, in the training's log and recorded since, always. `exclude` adds ids to
-        exclude. `allowed` and `requests` have one entry for each user, as in `retrieve`. Returns
-        candidate_ids [n, k], scores [n, k] float32, is_known_user [n] bool. Raises as `retrieve`,
-        and a `ValueError` if the model was exported without user data.
+        excluded if `excludes_known`; views, in the log and recorded since, if the training's
+        `evaluation.exclude` was seen; dislikes, in the log and recorded since, always. `exclude`
+        adds ids to exclude. `allowed` and `requests` have one entry for each user, as in
+        `retrieve`. Returns candidate_ids [n, k], scores [n, k] float32, is_known_user [n] bool.
+        Raises as `retrieve`, and a `ValueError` if the model was exported without user data.
         """
         if not self.manifest["user_data"]:
             raise ValueError(
@@ -321,7 +322,7 @@ class LoadedRetriever:
         """
         disliked = self.disliked_items([query.get("user_id") for query in queries])
         return [
-            left_out(history_of(query), ids, excludes_known=self.excludes_known)
+            left_out(self._rule, history_of(query), ids)
             for query, ids in zip(queries, disliked, strict=True)
         ]
 

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.data.schema import Exclude, Stage
 from tfrs_pipeline.model.encoder import SavedEncoder
 from tfrs_pipeline.model.exclusions import KNOWN_STAGES, left_out
-from tfrs_pipeline.serving.publish import exclude_of
 from tfrs_pipeline.serving.user_events import Journal
 
 
@@ -37,8 +36,7 @@ class Activity:
         folder: The model's folder, with the recorded events.
         encoder: What the version holds of its users.
         manifest: The version's manifest.
-        excludes_known: Whether answers leave out the items that the user clicked, in the training
-            or since.
+        rule: Which items a user knows, so that answers leave them out (`rule_of_version`).
 
     Attributes:
         journal: The recorded events.
@@ -47,13 +45,12 @@ class Activity:
     """
 
     def __init__(
-        self, folder: Path, encoder: SavedEncoder, manifest: Mapping[str, Any], excludes_known: bool
+        self, folder: Path, encoder: SavedEncoder, manifest: Mapping[str, Any], rule: Exclude
     ) -> None:
         self.journal = Journal(folder)
-        self._encoder, self._excludes_known = encoder, excludes_known
+        self._encoder, self._rule = encoder, rule
         until = manifest.get("histories_until", manifest["items_read"])
         self.until = round(1000 * datetime.fromisoformat(until).timestamp())
-        self._known_stages = KNOWN_STAGES[exclude_of(manifest)]
 
     def until_now(self, user_ids: Sequence[Any]) -> dict[int, Recent]:
         """Returns what users with events did, by their position among `user_ids`.
@@ -85,11 +82,11 @@ class Activity:
             gone = dict.fromkeys(disliked)  # Each item once.
             clicks = [click for click in clicks if click[0] not in gone]
             known = self._encoder.known(row)
-            known += [event.item_id for event in events if event.type in self._known_stages]
+            known += [event.item_id for event in events if event.type in KNOWN_STAGES[self._rule]]
             recent[position] = Recent(
                 [item_id for item_id, _ in clicks],
                 [time for _, time in clicks],
-                left_out(known, gone, excludes_known=self._excludes_known),
+                left_out(self._rule, known, gone),
                 [*gone],
             )
         return recent

@@ -1,4 +1,4 @@
-"""What users disliked, in the log or in service, is never answered to them."""
+"""What users disliked is never answered to them, and what they know as the rule says."""
 
 import dataclasses
 import json
@@ -15,13 +15,12 @@ from tests.serving.conftest import make_served
 from tests.serving.running_server import Running, retrieve_user
 from tests.serving.test_user_events import by_history, by_user, event
 from tfrs_pipeline import Exact, LoadedRetriever, export, load, recommend
-from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.model.encoder import Encoder
+from tfrs_pipeline.model.exclusions import rule_of_version
 from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.tf_tables import as_ids, id_list, id_lists
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving.graph_index import ExactIndex
-from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.serving.saved_model import RetrievalModule
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
@@ -113,13 +112,9 @@ def test_all_ways_of_asking_leave_out_the_same(
         served.exportable(),
         disliked=RowLists.from_lists([disliked[: 5 * (row == ROW)] for row in range(7)]),
         repeat_bonus=bonus,
-        excludes_known=exclude != "none",
+        exclude=exclude,
     )
     folder = export(model, tmp_path / "films", index=Exact())
-    # As a run writes it.
-    config = {"config": {"evaluation": {"exclude": exclude}}}
-    path = folder / MANIFEST_FILE
-    write_record(path, read_record(path) | config, [folder / "saved_model.pb"])
     index = ExactIndex(served.model.embed_corpus())
     asked = load(folder), RetrievalModule(Encoder(model), index, served.candidate_ids), user
     gone = {*served.candidate_ids[disliked - 1]}
@@ -146,7 +141,7 @@ def test_all_ways_of_asking_leave_out_the_same(
 
 def test_clicks_since_the_training_come_back_where_known_items_do(tmp_path: Path) -> None:
     served = make_served("int")
-    model = dataclasses.replace(served.exportable(), excludes_known=False)
+    model = dataclasses.replace(served.exportable(), exclude="none")
     export(model, tmp_path / "films", index=Exact())
     retriever, user, known = load(tmp_path / "films"), served.query_ids[ROW - 1], served.known(ROW)
     clicked, disliked = (id_ for id_ in served.candidate_ids[-5:].tolist()[:2])
@@ -161,3 +156,20 @@ def test_an_export_without_dislikes_is_as_it_was(int_folder: Path) -> None:
     encoder = retriever.saved_model.encoder
     assert getattr(encoder, "_disliked", None) is None
     assert retriever.disliked_items([100, 5]) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "has_bonus", "rule"),
+    [
+        ({"exclude": "seen", "config": {"evaluation": {"exclude": "clicked"}}}, False, "seen"),
+        ({"exclude": "none"}, True, "none"),
+        # As earlier releases wrote them.
+        ({"excludes_known": True, "config": {"evaluation": {"exclude": "seen"}}}, False, "seen"),
+        ({"excludes_known": False, "config": {"evaluation": {"exclude": "seen"}}}, False, "none"),
+        ({"excludes_known": True}, False, "clicked"),
+        ({}, False, "clicked"),
+        ({}, True, "none"),
+    ],
+)
+def test_the_rule_of_a_version(manifest: dict[str, Any], has_bonus: bool, rule: str) -> None:
+    assert rule_of_version(manifest, has_bonus=has_bonus) == rule
