@@ -18,7 +18,7 @@ from tfrs_pipeline import Exact, LoadedRetriever, export, load, recommend
 from tfrs_pipeline.model.encoder import Encoder
 from tfrs_pipeline.model.exclusions import rule_of_version
 from tfrs_pipeline.model.repeats import RepeatBonus
-from tfrs_pipeline.model.tf_tables import as_ids, id_list, id_lists
+from tfrs_pipeline.model.tf_tables import as_ids
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving.graph_index import ExactIndex
 from tfrs_pipeline.serving.saved_model import RetrievalModule
@@ -66,7 +66,10 @@ def asked_in_all_ways(
 ) -> dict[str, list[Any]]:
     """Asks in every way for all items that a user may be shown: their ids, best first, by way."""
     folder = retriever.folder.parent
-    users, exclude = id_list([user], retriever.user_dtype), id_lists([[]], retriever.item_dtype)
+    users, exclude = (
+        tf.constant([user], retriever.user_dtype),
+        tf.zeros([1, 0], retriever.item_dtype),
+    )
     query = {"user_id": user, "history": history}
     left_out = retriever.left_out([query])
     lists = {

@@ -27,6 +27,19 @@ FILTER_COLUMN = "filter"
 INDEX_FOLDER, SCANN_FOLDER = Path("index"), Path("scann") / "1"
 # The layout of a version. A version of another format is refused, with this number in the error.
 FORMAT = 2
+# Signatures that retrieve, and those that embed their queries; saved_models/README.md lists the
+# inputs. `similar` embeds by itself: the index has the vectors of its items.
+SIMILAR = "similar"
+RETRIEVALS = {
+    "retrieve_user": "embed_user",
+    "retrieve": "embed_query",
+    "retrieve_with_features": "embed_query_with_features",
+    SIMILAR: SIMILAR,
+}
+# The server also answers these names with a filter, for models that have one.
+FILTERED = "_filtered"
+# `retrieve_user` for a user id alone, with this k.
+DEFAULT_SIGNATURE, DEFAULT_K = "serving_default", 100
 _PARTIAL, _DISCARDED, _LOCK = ".partial-", ".discarded-", ".lock"
 
 

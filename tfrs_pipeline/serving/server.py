@@ -42,7 +42,7 @@ except ImportError as missing:
     ) from missing
 
 from tfrs_pipeline.durable import try_writing
-from tfrs_pipeline.model.tf_tables import as_ids, id_lists
+from tfrs_pipeline.model.tf_tables import as_ids, id_rows
 from tfrs_pipeline.serving import page, rest
 from tfrs_pipeline.serving.counters import LIVE_UNKNOWN_VALUES, UNRECORDED, count_answers
 from tfrs_pipeline.serving.settings import Lately, ServeSettings, listening, read_token
@@ -149,10 +149,11 @@ class ModelServer:
             )
         users = as_ids(call.inputs["user_id"].tolist())
         lists = await _run(self.threads, self.recorder.served_lately, users, lately)
-        are_text = version.retriever.candidates.corpus.are_text
+        encoder = version.retriever.encoder
         # An earlier model of this name may have had ids of the other type.
+        are_text = encoder.items_are_text
         lists = [[id_ for id_ in ids if isinstance(id_, str) == are_text] for ids in lists]
-        served = id_lists(lists, version.retriever.item_dtype).numpy()
+        served = id_rows(lists, encoder.item_dtype)
         given = call.inputs.get("exclude", served[:, :0])
         exclude = np.concatenate([given, served], axis=1)
         return call._replace(inputs=call.inputs | {"exclude": exclude})
@@ -263,7 +264,8 @@ def _model_routes(server: ModelServer) -> list[Route]:
     async def user(request: Request) -> Response:
         server.authorize(request.headers.get("authorization", ""))
         with versions.use() as version, rest.refusing():
-            user_id = version.retriever.parse_id(request.path_params["user_id"], "user")
+            encoder = version.retriever.encoder
+            user_id = encoder.parse_id(request.path_params["user_id"], "user")
         # A deletion that fails may leave copies of deleted rows in the file.
         with confirming("deletion", "so delete the user again"):
             num_deleted = await asyncio.wrap_future(server.recorder.forget(user_id))

@@ -5,11 +5,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tensorflow as tf
+import numpy as np
 
 from tfrs_pipeline.data.schema import Exclude, Stage
-from tfrs_pipeline.model.encoder import SavedEncoder
+from tfrs_pipeline.model.encoder import SavedEncoder, history_arrays, join_lines
 from tfrs_pipeline.model.exclusions import KNOWN_STAGES, left_out
+from tfrs_pipeline.model.tf_tables import as_ids
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving.user_events import Journal
 
 
@@ -62,7 +64,7 @@ class Activity:
         positions = [position for position, id_ in enumerate(user_ids) if id_ in events_by_user]
         rows = self._encoder.user_rows([user_ids[position] for position in positions])
         # An earlier model of this name may have had item ids of the other type.
-        items_are_text = self._encoder.item_dtype == tf.string
+        items_are_text = self._encoder.items_are_text
         recent = {}
         for position, row in zip(positions, rows, strict=True):
             events = [
@@ -90,3 +92,28 @@ class Activity:
                 [*gone],
             )
         return recent
+
+    def embed(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Embeds users as the encoder's `embed_user` does, by what they did until now."""
+        users = as_ids(arrays["user_id"].tolist())
+        recent = self.until_now(users)
+        stored = [line for line in range(len(users)) if line not in recent]
+        parts: list[tuple[list[int], dict[str, Any]]] = []
+        if stored or not users:  # By the history that the graph holds.
+            some = {name: array[stored] for name, array in arrays.items()}
+            part = self._encoder.embed("embed_user", some)
+            # Absent where the model excludes neither known nor disliked items.
+            part.setdefault("known_items", [[] for _ in stored])
+            parts.append((stored, part))
+        if recent:
+            queries = [
+                {"history": user.history, HISTORY_TIMESTAMPS: user.times}
+                for user in recent.values()
+            ]
+            some = {name: array[[*recent]] for name, array in arrays.items()}
+            some |= history_arrays(self._encoder.inputs("embed_query"), queries)
+            part = self._encoder.embed("embed_query", some)
+            part["is_known_user"][:] = True
+            part["known_items"] = [user.excluded for user in recent.values()]
+            parts.append(([*recent], part))
+        return join_lines(parts)
