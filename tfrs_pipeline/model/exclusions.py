@@ -57,3 +57,20 @@ def left_out(rule: Exclude, known: Iterable[Any], disliked: Iterable[Any]) -> li
         ['v3']
     """
     return [*(() if rule == "none" else known), *disliked]
+
+
+def left_out_by_history(
+    rule: Exclude, history: Iterable[Any], known: Iterable[Any], disliked: Iterable[Any]
+) -> list[Any]:
+    """Returns what an answer to a query that brings its history leaves out; see `left_out`.
+
+    The history takes the place of the clicks that the model knows. What the user was only shown is
+    in no history.
+
+    Example:
+        >>> left_out_by_history("seen", ["v4"], ["v1", "v2"], ["v3"])
+        ['v4', 'v1', 'v2', 'v3']
+        >>> left_out_by_history("clicked", ["v4"], ["v1", "v2"], ["v3"])
+        ['v4', 'v3']
+    """
+    return left_out(rule, [*history, *(known if rule == "seen" else ())], disliked)

@@ -22,7 +22,7 @@ from tfrs_pipeline.model.encoder import (
     join_lines,
     query_arrays,
 )
-from tfrs_pipeline.model.exclusions import left_out, rule_of_version
+from tfrs_pipeline.model.exclusions import left_out_by_history, rule_of_version
 from tfrs_pipeline.model.tf_tables import as_ids, id_lists_of, signature_inputs
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, history_of
 from tfrs_pipeline.serving import publish
@@ -298,23 +298,28 @@ class LoadedRetriever:
 
     def disliked_items(self, user_ids: Sequence[Any]) -> list[list[Any]]:
         """Returns what each user disliked until now, in the training's log and in service."""
+        return [disliked for _, disliked in self._known_and_disliked(user_ids)]
+
+    def _known_and_disliked(self, user_ids: Sequence[Any]) -> list[tuple[list[Any], list[Any]]]:
         recent = {} if self.activity is None else self.activity.until_now(user_ids)
         return [
-            recent[line].disliked if line in recent else self.encoder.disliked(row)
+            (recent[line].known, recent[line].disliked)
+            if line in recent
+            else (self.encoder.known(row), self.encoder.disliked(row))
             for line, row in enumerate(self.encoder.user_rows(user_ids))
         ]
 
     def left_out(self, queries: Sequence[Query]) -> list[list[Any]]:
         """Returns what answers by history have to `exclude`, as answers by user id do themselves.
 
-        For each query, this is what its user disliked and, if `excludes_known`, its history. A user
-        whom the training did not have may have disliked items in service. What a user was only
-        shown is not included, even if the model was trained with `evaluation.exclude` "seen".
+        For each query, this is what its user disliked and, if `excludes_known`, its history; if the
+        model was trained with `evaluation.exclude` "seen", also what its user has seen. A user whom
+        the training did not have may have seen or disliked items in service.
         """
-        disliked = self.disliked_items([query.get("user_id") for query in queries])
+        users = self._known_and_disliked([query.get("user_id") for query in queries])
         return [
-            left_out(self._rule, history_of(query), ids)
-            for query, ids in zip(queries, disliked, strict=True)
+            left_out_by_history(self._rule, history_of(query), *known_and_disliked)
+            for query, known_and_disliked in zip(queries, users, strict=True)
         ]
 
     def _embed_queries(self, queries: Sequence[Query]) -> dict[str, Any]:

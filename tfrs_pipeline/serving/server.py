@@ -138,10 +138,12 @@ class ModelServer:
         lately = call.exclude_served or self._lately
         if not (lately.answers or lately.hours):
             return call
-        if "user_id" not in call.inputs:
+        # Signatures that only embed have a user, and nothing to exclude from.
+        if missing := {"user_id", "exclude"} - call.inputs.keys():
             if call.exclude_served is None:
                 return call
-            raise rest.bad_request(f"exclude_served: {call.signature!r} has no input 'user_id'.")
+            name = max(missing)
+            raise rest.bad_request(f"exclude_served: {call.signature!r} has no input {name!r}.")
         if self.settings.record_share < 1:
             raise rest.bad_request(
                 "exclude_served: this server does not record all its answers. Start it with "
@@ -154,8 +156,7 @@ class ModelServer:
         are_text = encoder.items_are_text
         lists = [[id_ for id_ in ids if isinstance(id_, str) == are_text] for ids in lists]
         served = id_rows(lists, encoder.item_dtype)
-        given = call.inputs.get("exclude", served[:, :0])
-        exclude = np.concatenate([given, served], axis=1)
+        exclude = np.concatenate([call.inputs["exclude"], served], axis=1)
         return call._replace(inputs=call.inputs | {"exclude": exclude})
 
     def _keep(self, request_id: str, number: int, users: np.ndarray, items: np.ndarray) -> None:

@@ -21,13 +21,13 @@ class Recent(NamedTuple):
     Attributes:
         history: Item ids, oldest first, without disliked ones.
         times: Their times in seconds since 1970; NaN where unknown.
-        excluded: Ids of items that are excluded from answers, the disliked ones included.
+        known: Ids of items that the user knows by the version's rule, if it has one.
         disliked: Ids of items that the user disliked, before the end of the log or since.
     """
 
     history: list[Any]
     times: list[float]
-    excluded: list[Any]
+    known: list[Any]
     disliked: list[Any]
 
 
@@ -88,7 +88,7 @@ class Activity:
             recent[position] = Recent(
                 [item_id for item_id, _ in clicks],
                 [time for _, time in clicks],
-                left_out(self._rule, known, gone),
+                known,
                 [*gone],
             )
         return recent
@@ -114,6 +114,8 @@ class Activity:
             some |= history_arrays(self._encoder.inputs("embed_query"), queries)
             part = self._encoder.embed("embed_query", some)
             part["is_known_user"][:] = True
-            part["known_items"] = [user.excluded for user in recent.values()]
+            part["known_items"] = [
+                left_out(self._rule, user.known, user.disliked) for user in recent.values()
+            ]
             parts.append(([*recent], part))
         return join_lines(parts)
