@@ -258,17 +258,13 @@ class Query(OfModel):
         """Queries the model and prints the answer."""
         version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
         gc.disable()  # The import makes many objects, and all of them stay.
-        from tfrs_pipeline.features.encoding import parse_request
         from tfrs_pipeline.serving.retriever import load
 
         gc.enable()
         retriever = load(version, exact=self.exact)
         about: dict[str, Any] = {}
-        features = retriever.features["request"]
-        request = parse_request(features, self.request)
-        is_request = self.similar_to is None
-        notes = list(_request_notes(features, self.request, request)) if is_request else []
-        ids, scores = self._ask(retriever, request, about, notes)
+        notes: list[str] = []
+        ids, scores = self._ask(retriever, about, notes)
         titles = retriever.titles()
         # Slots without an item, which fill an answer up to k, have the score -inf.
         items = [
@@ -296,13 +292,15 @@ class Query(OfModel):
         return 0
 
     def _ask(
-        self,
-        retriever: "LoadedRetriever",
-        request: Mapping[str, Any],
-        about: dict[str, Any],
-        notes: list[str],
+        self, retriever: "LoadedRetriever", about: dict[str, Any], notes: list[str]
     ) -> tuple[list[Any], list[float]]:
         """Returns ids and scores; adds entries to the JSON and notes."""
+        from tfrs_pipeline.features.encoding import parse_request
+
+        features = retriever.features["request"]
+        request = parse_request(features, self.request)
+        if self.similar_to is None:
+            notes += _request_notes(features, self.request, request)
         if self.user is not None:
             about["user_id"] = retriever.encoder.parse_id(self.user, "user")
         if self.request:
