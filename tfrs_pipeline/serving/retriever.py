@@ -286,8 +286,11 @@ class LoadedRetriever:
 
     def checked_events(self, events: Sequence[Mapping[str, Any]]) -> list[Event]:
         """Reads events as `record` does, or raises its `ValueError`."""
-        are_text = self.encoder.users_are_text, self.encoder.items_are_text
-        return check_events(events, users_are_text=are_text[0], items_are_text=are_text[1])
+        return check_events(
+            events,
+            users_are_text=self.encoder.users_are_text,
+            items_are_text=self.encoder.items_are_text,
+        )
 
     def stored_history(self, user_id: Any) -> list[Any]:
         """Returns the history of a user until now, most recent first; [] for an unknown user."""
