@@ -47,38 +47,38 @@ class RetrievalModule(tf.Module):
         self._has_item_bias = has_item_bias
         self._candidate_rows = tf_tables.row_table(candidate_ids)
         self._candidate_ids = tf_tables.stored(tf_tables.with_empty(candidate_ids))
-        functions = self._functions()
-        self._names = tuple(functions)
-        for name, function in functions.items():
-            setattr(self, name, function)  # An attribute can be called on the loaded object too.
+        self._names: tuple[str, ...] = ()
+        self._trace()
 
     @property
     def exported(self) -> dict[str, Any]:
         """The signatures by name."""
         return {name: getattr(self, name) for name in self._names}
 
-    def _functions(self) -> dict[str, Any]:
+    def _export(self, name: str, function: Any, inputs: Sequence[tf.TensorSpec]) -> None:
+        # An attribute can be called on the loaded object too.
+        setattr(self, name, tf_tables.traced(function, inputs))
+        self._names += (name,)
+
+    def _trace(self) -> None:
         item_id = tf.TensorSpec([None], self._candidate_ids.dtype, "item_id")
         exclude = tf.TensorSpec([None, None], self._candidate_ids.dtype, "exclude")
         k = tf.TensorSpec([], tf.int32, "k")
         # How queries become embeddings, and the inputs for it, by the name in RETRIEVALS.
         embeds: dict[str, Callable[..., Any]] = {SIMILAR: self._item_queries}
-        inputs, functions = {SIMILAR: [item_id]}, {}
+        inputs = {SIMILAR: [item_id]}
         for name in EMBEDDINGS:
             # An encoder lacks the functions that its model does not support.
             if (function := getattr(self.encoder, name, None)) is not None:
                 embeds[name] = functools.partial(_embedded, function)
                 inputs[name] = [*signature_inputs(function).values()]
-                functions[name] = tf_tables.traced(embeds[name], inputs[name])
+                self._export(name, embeds[name], inputs[name])
         for name, embed_name in RETRIEVALS.items():
             if embed_name in embeds:
                 answer = functools.partial(self._answer, embeds[embed_name])
-                specs = [*inputs[embed_name], exclude, k]
-                functions[name] = tf_tables.traced(answer, specs)
+                self._export(name, answer, [*inputs[embed_name], exclude, k])
         if "embed_user" in embeds:
-            user_id = inputs["embed_user"][:1]
-            functions[DEFAULT_SIGNATURE] = tf_tables.traced(self._answer_default, user_id)
-        return functions
+            self._export(DEFAULT_SIGNATURE, self._answer_default, inputs["embed_user"][:1])
 
     def _answer_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
         # Request features and times are missing.
