@@ -45,6 +45,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,7 @@ from serving import resident_mib, served
 
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.serving.candidates import Candidates
-from tfrs_pipeline.serving.database import STORE_FILE, Store
-from tfrs_pipeline.serving.live_items import LiveItems
+from tfrs_pipeline.serving.live_items import STORE_FILE, LiveItems, Store
 from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.tune import Requests, tune_index
@@ -128,11 +128,12 @@ def churn(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     print(f"built and tuned in {time.perf_counter() - start:.0f} s", flush=True)
     candidates = Candidates(np.arange(1, num + 1), vectors, tuned.searcher, tuned.levels)
 
-    def embed(ids: Any, columns: Any) -> tuple[np.ndarray, np.ndarray]:
+    def embed_items(ids: Any, *_: Any) -> tuple[np.ndarray, np.ndarray]:
         return new[np.array(ids) - num - 1], np.ones(len(ids), bool)
 
     manifest = {"items_read": "2000-01-01T00:00:00+00:00", "filter": None}
-    live = LiveItems(folder, manifest, candidates, embed, tuned.num_leaves)
+    encoder: Any = SimpleNamespace(embed_items=embed_items)
+    live = LiveItems(folder, manifest, candidates, encoder, tuned.num_leaves)
     asked = np.concatenate([queries[:100], other_queries])
     moments = [{"exchanged": 0.0, **recalls(candidates, asked)}]
     reader = Reader(candidates, queries[:500], 100)

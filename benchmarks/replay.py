@@ -129,10 +129,13 @@ class Alone:
         return ids, scores
 
 
-def compare(model: tp.Retriever, test: tp.Holdout, answers: Answers, k: int) -> dict[str, Any]:
+def compare(
+    model: tp.Retriever, test: tp.Holdout, answers: Answers, k: int, exclude: Any = "clicked"
+) -> dict[str, Any]:
     """Compares all metrics of a model with those of the server's answers, query by query."""
     models = {"batches": model, "offline": Alone(model), "service": answers}
-    results = tp.evaluate(models, test, cutoffs=(k // 5, k), num_bootstrap=0).results
+    asked: dict[str, Any] = {"cutoffs": (k // 5, k), "exclude": exclude, "num_bootstrap": 0}
+    results = tp.evaluate(models, test, **asked).results
     batches, offline, service = (results[name].per_query for name in models)
     return {
         "num_queries": len(test),

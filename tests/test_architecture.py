@@ -26,6 +26,7 @@ import tensorflow as tf
 from tests.model.conftest import eagerly
 from tests.serving.running_server import address_of
 from tests.test_imports import PACKAGE, ROOMS, SOURCES
+from tfrs_pipeline.samples.store import RowLists
 
 ROOT = PACKAGE.parent
 PAGES = {
@@ -105,19 +106,21 @@ def from_query_to_ids(folder: Path) -> Calls:
         lambda rows: tf.gather(vectors, rows),
     )
     of = {"items": pa.table({"item_id": ["a", "b", "c"]}), "query_ids": np.array([7])}
+    clicks = RowLists.from_lists([np.zeros(0, int), np.array([1])])
+    of |= {"histories": clicks, "known_positives": clicks}
     served = tp.Exportable(*towers, [vectors], **of, history_length=1)
     model = tp.export(served, folder / "model", index=tp.Exact()).parent
-    inputs = {"user_id": [7], "history": [["b"]], "exclude": [[]], "k": 1}
-    body = {"signature_name": "retrieve", "inputs": inputs}
+    tp.load(model).record([{"user_id": 7, "item_id": "b", "type": "click"}])
     calls = Calls()
     with calls.recording():
         address = address_of(model)
         request = urllib.request.Request(
-            f"{address}:predict", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{address}:predict", b'{"inputs": [7]}', {"Content-Type": "application/json"}
         )
         calls.clear()  # Drops the calls of the server's start.
         with urllib.request.urlopen(request) as answer:
-            assert json.load(answer)["outputs"]["candidate_ids"] == [["b"]]
+            ids = json.load(answer)["outputs"]["candidate_ids"]
+    assert ids == [["c", *[""] * 99]]
     return calls
 
 
@@ -136,7 +139,7 @@ def modules_in(text: str) -> list[str]:
 
 @pytest.mark.usefixtures("trusted_exports")
 @pytest.mark.parametrize(
-    ("title", "record", "most"), [(CLICK, from_click_to_loss, 14), (QUERY, from_query_to_ids, 8)]
+    ("title", "record", "most"), [(CLICK, from_click_to_loss, 14), (QUERY, from_query_to_ids, 12)]
 )
 def test_a_path_names_every_module_that_runs(
     tmp_path_factory: pytest.TempPathFactory, title: str, record: Any, most: int

@@ -67,8 +67,8 @@ class EvaluationConfig(Config):
     cutoffs: Several[PositiveInt] = (20, 100)
     """Lengths of the ranking at which metrics are reported."""
     exclude: Exclude = "clicked"
-    """What is excluded from a user's ranking: clicked items, all items shown, or none; disliked
-    items always are. After none, answers by user id hold known items too."""
+    """What is excluded from a user's ranking, and from answers by user id: clicked items, all items
+    shown, or none; disliked items always are."""
     max_users: PositiveInt = 100_000
     """Most users to measure, and most requests; sampled if the test has more."""
     baselines: Distinct[Annotated[str, AfterValidator(_known_baseline)]] = COMPARED_WITH

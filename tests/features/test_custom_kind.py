@@ -15,6 +15,7 @@ import tensorflow as tf
 from tests.model.conftest import tiny
 from tests.small_log import event_table, item_table, write
 from tfrs_pipeline import ConfigError, Exact, Log, RunConfig, load
+from tfrs_pipeline.features.encoding import parse_request
 from tfrs_pipeline.features.feature import Feature, TableColumn
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.features.raw import Column, to_numbers
@@ -103,9 +104,10 @@ def test_a_request_is_answered_by_its_values(folder: Path) -> None:
     def embedded(**request: Any) -> np.ndarray:
         return model.embed_queries([{"history": items, "request": request}])
 
-    assert model.parse_request({"season": "3"}) == {"season": 3.0}
+    read = model.features["request"]
+    assert parse_request(read, {"season": "3"}) == {"season": 3.0}
     with pytest.raises(ValueError, match=r"season \(cyclic\) is written like 3\."):
-        model.parse_request({"season": "spring"})
+        parse_request(read, {"season": "spring"})
     np.testing.assert_allclose(embedded(season=3), embedded(season=15), atol=1e-5)
     for other in ({"season": 9}, {}):
         assert np.abs(embedded(season=3) - embedded(**other)).max() > 1e-3

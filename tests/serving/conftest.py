@@ -29,10 +29,9 @@ from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving import export, saved_model
 from tfrs_pipeline.serving.graph_index import ExactIndex, ScannIndex
 from tfrs_pipeline.serving.index import Exact, Level, Scann
-from tfrs_pipeline.serving.publish import versions_of
+from tfrs_pipeline.serving.publish import RETRIEVALS, versions_of
 from tfrs_pipeline.serving.saved_model import RetrievalModule
 from tfrs_pipeline.serving.searcher import Searcher
-from tfrs_pipeline.serving.signatures import RETRIEVALS
 from tfrs_pipeline.serving.versions import ServedVersion
 
 NUM_QUERIES, NUM_CANDIDATES = 6, 60

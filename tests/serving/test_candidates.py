@@ -47,10 +47,9 @@ class Plain:
 
     def remove(self, numbers: list[int]) -> None:
         ids = [self.id_of(number) for number in numbers]
-        there = [id_ for id_ in ids if id_ in self.now]
-        assert self.candidates.change([], np.zeros((0, DIM), np.float32), [], ids) == len(there)
-        for id_ in there:
-            del self.now[id_]
+        self.candidates.change([], np.zeros((0, DIM), np.float32), [], ids)
+        for id_ in ids:
+            self.now.pop(id_, None)
 
     def best(
         self, query: np.ndarray, k: int, excluded: set[Any], allowed: list[str]

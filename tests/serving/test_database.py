@@ -16,7 +16,8 @@ import pytest
 
 from tests.damage import copy_database, largest_file
 from tfrs_pipeline.durable import Damaged, StorageError
-from tfrs_pipeline.serving.database import STORE_FILE, Replaced, Store
+from tfrs_pipeline.serving.database import Replaced
+from tfrs_pipeline.serving.live_items import STORE_FILE, Store
 
 ITEMS: list[dict[str, Any]] = [{"item_id": f"é\n{i}\0", "x": i / 3, "tags": [""]} for i in range(4)]
 
@@ -193,7 +194,7 @@ def test_another_file_is_noticed(tmp_path: Path, change: Any) -> None:
 
 
 WRITER = (
-    "import sys; from pathlib import Path; from tfrs_pipeline.serving.database import Store\n"
+    "import sys; from pathlib import Path; from tfrs_pipeline.serving.live_items import Store\n"
     "name, first, last = sys.argv[2], *map(int, sys.argv[3:])\n"
     "stores = [Store(Path(sys.argv[1])) for _ in range(2)]\n"
     "for number in range(first, last):\n"

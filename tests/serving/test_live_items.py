@@ -26,8 +26,7 @@ from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.serving import candidates as candidates_module
 from tfrs_pipeline.serving import export as export_module
 from tfrs_pipeline.serving import live_items
-from tfrs_pipeline.serving.database import STORE_FILE, Store
-from tfrs_pipeline.serving.live_items import _check_kind, _plain
+from tfrs_pipeline.serving.live_items import STORE_FILE, Store, _check_kind, _plain
 from tfrs_pipeline.serving.user_events import JOURNAL_FILE
 
 ITEMS = "/v1/models/films/items"
@@ -249,7 +248,7 @@ def test_old_writes_that_no_version_takes_are_dropped(
     now = time.time()
     for age in (31 * days, 29 * days):
         with monkeypatch.context() as patch:
-            patch.setattr("tfrs_pipeline.serving.database.time.time", lambda age=age: now - age)
+            patch.setattr("tfrs_pipeline.serving.live_items.time.time", lambda age=age: now - age)
             first = 0 if age > 30 * days else 1
             written = {id_: item(id_) for id_ in (ids[first], 90_000 + first)}
             Store(films).write_items(written | dict.fromkeys([ids[2 + first], 90_002 + first]))
@@ -263,7 +262,7 @@ def test_a_clock_that_is_set_back_undoes_no_write(
 ) -> None:
     """The items of a version were read an hour from now, by the clock of the write."""
     earlier = datetime.fromisoformat(load(films).manifest["items_read"]).timestamp() - 3600
-    monkeypatch.setattr("tfrs_pipeline.serving.database.time.time", lambda: earlier)
+    monkeypatch.setattr("tfrs_pipeline.serving.live_items.time.time", lambda: earlier)
     removed, changed = make_served("int").candidate_ids[:2].tolist()
     retriever, query = load(films), {"history": [removed]}
     retriever.remove([removed])

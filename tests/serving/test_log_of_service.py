@@ -198,10 +198,15 @@ def test_what_was_served_lately_is_left_out(films: Path) -> None:
                 PREDICT, json=retrieve_user([1], [[]], 5) | {"exclude_served": value}
             )
             assert (response.status_code, "exclude_served" in response.text) == (400, True), value
-        body = {"signature_name": "similar", "exclude_served": {"answers": 1}}
-        inputs = {"item_id": [best[0]], "exclude": [[]], "k": 3}
-        response = running.post(PREDICT, json={**body, "inputs": inputs})
-        assert (response.status_code, "no input 'user_id'" in response.text) == (400, True)
+        # Those that cannot leave anything out say so.
+        for name, inputs, missing in (
+            ("similar", {"item_id": [best[0]], "exclude": [[]], "k": 3}, "user_id"),
+            ("embed_user", {"user_id": [102]}, "exclude"),
+        ):
+            body = {"signature_name": name, "inputs": inputs, "exclude_served": {"answers": 1}}
+            response = running.post(PREDICT, json=body)
+            told = f"exclude_served: '{name}' has no input '{missing}'"
+            assert (response.status_code, told in response.text) == (400, True)
 
 
 def test_an_answer_that_waits_to_be_written_counts_once(tmp_path: Path) -> None:

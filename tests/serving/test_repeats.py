@@ -12,9 +12,9 @@ import tensorflow as tf
 
 from tests.serving.conftest import NUM_CANDIDATES, Served
 from tests.serving.test_index import clustered
-from tfrs_pipeline.model.encoder import query_inputs
+from tfrs_pipeline.model.encoder import query_arrays
 from tfrs_pipeline.model.repeats import RepeatBonus
-from tfrs_pipeline.model.tf_tables import as_ids, ask, completed, id_lists, signature_inputs
+from tfrs_pipeline.model.tf_tables import as_ids, as_tensors, completed, id_rows, signature_inputs
 from tfrs_pipeline.serving.candidates import Candidates
 from tfrs_pipeline.serving.export import export
 from tfrs_pipeline.serving.graph_index import load_scann_ops
@@ -130,15 +130,12 @@ def test_a_given_history_counts_in_memory_in_the_graph_and_in_service(
 def ask_graph(folder: Path, queries: Sequence[Any], exclude: Any, k: int) -> Any:
     signature = tf.saved_model.load(str(folder)).signatures["retrieve"]
     specs = signature_inputs(signature)
-    known = query_inputs(signature, queries) | {"k": tf.constant(k)}
+    arrays = query_arrays(specs, {"query": (), "request": ()}, queries)
     if exclude is not None:
-        known["exclude"] = id_lists(exclude, specs["exclude"].dtype)
-    answer = ask(signature, completed_arrays(specs, known, len(queries)))
-    return answer["candidate_ids"], answer["scores"]
-
-
-def completed_arrays(specs: Any, known: Any, num: int) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in completed(specs, known, num).items()}
+        arrays["exclude"] = id_rows(exclude, specs["exclude"].dtype)
+    known = {**as_tensors(specs, arrays), "k": tf.constant(k)}
+    answer = signature(**completed(specs, known, len(queries)))
+    return answer["candidate_ids"].numpy(), answer["scores"].numpy()
 
 
 def test_a_stored_history_counts_as_the_same_history_given(
@@ -158,7 +155,8 @@ def test_a_stored_history_counts_as_the_same_history_given(
     # The server asks in this way.
     specs = loaded.signatures["retrieve_user"]
     inputs = {"user_id": tf.constant(users, specs["user_id"].dtype), "k": tf.constant(7)}
-    answer = loaded.answer("retrieve_user", completed_arrays(specs, inputs, len(users)))
+    full = completed(specs, inputs, len(users))
+    answer = loaded.answer("retrieve_user", {name: full[name].numpy() for name in full})
     seven = by_hand(repeating, bonus, repeating.queries(), 7)
     check((answer["candidate_ids"], answer["scores"]), seven)
     assert set(answer) == {"candidate_ids", "scores", "is_known_user", "num_known_items"}

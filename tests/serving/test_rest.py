@@ -26,6 +26,7 @@ SIGNATURES = {
     name: SignatureInputs(specs, LIMITS, dict.fromkeys(NULLABLE.get(name, ()), PRICE), TIMES)
     for name, specs in {
         "serving_default": {"user_id": INT},
+        "retrieve_user": {"user_id": INT, "exclude": INTS, "k": ONE},
         "timed": {"timestamp": FLOAT, "history_timestamps": FLOATS},
         "histories": {"user_id": INT, "history": INTS, "history_timestamps": FLOATS},
         "retrieve": {"user_id": TEXT, "exclude": TEXTS, "k": ONE},
@@ -95,6 +96,15 @@ def test_a_time_without_an_item_is_refused(
         return
     with pytest.raises(HTTPException, match=expected):
         times_read(key, query)
+
+
+def test_the_default_signature_is_retrieve_user_with_100_results() -> None:
+    """For the server, from here on: limits, logs and answers know one signature less."""
+    name, arrays, _ = parsed({"inputs": [7]})
+    assert (name, int(arrays["k"]), arrays["k"].dtype.name) == ("retrieve_user", 100, "int32")
+    assert (arrays["user_id"].tolist(), arrays["exclude"].shape) == ([7], (1, 0))
+    with pytest.raises(HTTPException, match=r"may ask for 150 results.*Received: 2 x 100"):
+        parsed({"inputs": [7, 8]})
 
 
 def test_strings_come_as_utf_8_or_base64() -> None:

@@ -17,8 +17,9 @@ from google.protobuf import json_format
 
 from tests.serving.conftest import NUM_QUERIES, Served
 from tests.serving.running_server import GOOD, JSON, PREDICT, Running, in_json, retrieve_user
+from tfrs_pipeline.model.tf_tables import signature_inputs
+from tfrs_pipeline.serving.publish import DEFAULT_K, DEFAULT_SIGNATURE
 from tfrs_pipeline.serving.retriever import LoadedRetriever
-from tfrs_pipeline.serving.saved_model import DEFAULT_K
 from tfrs_pipeline.serving.settings import ServeSettings
 from tfrs_pipeline.serving.versions import ServedVersion
 
@@ -73,7 +74,8 @@ def test_every_signature(served: Served, running: Running, loaded: LoadedRetriev
     assert {"retrieve_with_features", "similar", "embed_query", "embed_candidate"} <= set(
         signatures
     )
-    for name, specs in loaded.signatures.items():
+    default = {DEFAULT_SIGNATURE: signature_inputs(signatures[DEFAULT_SIGNATURE])}
+    for name, specs in (loaded.signatures | default).items():
         inputs = {key: columns[key] for key in specs}
         if name.startswith("similar"):  # An empty id is refused here.
             inputs["item_id"] = items[8:10]

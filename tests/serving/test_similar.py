@@ -15,7 +15,7 @@ from tests.model.conftest import eagerly
 from tests.serving.conftest import NUM_CANDIDATES, Served
 from tests.serving.running_server import PREDICT, Running, in_json
 from tfrs_pipeline import LoadedRetriever, Log, TrainingSettings, TwoTower, export, load
-from tfrs_pipeline.model.tf_tables import id_list, id_lists
+from tfrs_pipeline.model.tf_tables import id_rows
 from tfrs_pipeline.run.refresh import refresh_index
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once")
@@ -48,7 +48,8 @@ def by_signature(
 ) -> tuple[list[list[Any]], np.ndarray]:
     """Asks a module, in memory or reloaded."""
     dtype = tf.int64 if served.ids == "int" else tf.string
-    answer = model.similar(id_list(items, dtype), id_lists(exclude, dtype), tf.constant(k))
+    excluded = tf.constant(id_rows(exclude, dtype), dtype, [len(items), max(map(len, exclude))])
+    answer = model.similar(tf.constant(items, dtype), excluded, tf.constant(k))
     assert set(answer) == {"candidate_ids", "scores"}
     ids = answer["candidate_ids"].numpy().tolist()
     texts = [[x.decode() if isinstance(x, bytes) else x for x in row] for row in ids]

@@ -144,9 +144,8 @@ def test_what_is_left_out_is_as_in_the_evaluation(
 ) -> None:
     path = films / "1" / MANIFEST_FILE
     manifest = read_record(path)
-    config = {"config": {"evaluation": {"exclude": exclude}}}
     files = [file for file in (films / "1").rglob("*") if file.is_file() and file != path]
-    write_record(path, manifest | config, files)
+    write_record(path, manifest | {"exclude": exclude}, files)
     retriever, items = load(films), {1: 10, 2: 17, 3: 24}
     types = {1: "clicked", 2: "disliked", 3: "exposed"}
     retriever.record([event(999, items[n], types[n]) for n in items])

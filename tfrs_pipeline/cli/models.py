@@ -208,6 +208,7 @@ class Vectors(OfModel):
 
 
 if TYPE_CHECKING:
+    from tfrs_pipeline.features.feature import Feature
     from tfrs_pipeline.serving.retriever import LoadedRetriever
 
 
@@ -259,8 +260,7 @@ class Query(OfModel):
         gc.enable()
         retriever = load(version, exact=self.exact)
         about: dict[str, Any] = {}
-        is_request = self.similar_to is None
-        notes = list(_request_notes(retriever, self.request)) if is_request else []
+        notes: list[str] = []
         ids, scores = self._ask(retriever, about, notes)
         titles = retriever.titles()
         # Slots without an item, which fill an answer up to k, have the score -inf.
@@ -292,11 +292,17 @@ class Query(OfModel):
         self, retriever: "LoadedRetriever", about: dict[str, Any], notes: list[str]
     ) -> tuple[list[Any], list[float]]:
         """Returns ids and scores; adds entries to the JSON and notes."""
+        from tfrs_pipeline.features.encoding import parse_request
+
+        features = retriever.features["request"]
+        request = parse_request(features, self.request)
+        if self.similar_to is None:
+            notes += _request_notes(features, self.request, request)
         if self.user is not None:
-            about["user_id"] = retriever.parse_id(self.user, "user")
+            about["user_id"] = retriever.encoder.parse_id(self.user, "user")
         if self.request:
             about["request"] = dict(self.request)
-        exclude = list(map(retriever.parse_id, self.exclude))
+        exclude = list(map(retriever.encoder.parse_id, self.exclude))
         if exclude:
             known = set(retriever.candidate_ids())
             about["unknown_excluded"] = [id_ for id_ in exclude if id_ not in known]
@@ -307,21 +313,19 @@ class Query(OfModel):
         k = min(self.k, retriever.num_candidates)
         allowed = None if self.filter is None else [list(self.filter)]
         if self.similar_to is not None:
-            about["similar_to"] = item = retriever.parse_id(self.similar_to)
+            about["similar_to"] = item = retriever.encoder.parse_id(self.similar_to)
             ids, scores = retriever.similar([item], k, [exclude], allowed=allowed)
         elif self.history is None:
-            requests = [retriever.parse_request(self.request)]
             ids, scores, (is_known,) = retriever.retrieve_user(
-                [about["user_id"]], k, [exclude], allowed=allowed, requests=requests
+                [about["user_id"]], k, [exclude], allowed=allowed, requests=[request]
             )
             about["is_known_user"] = bool(is_known)
             if not is_known:
                 unknown_user = f"User {self.user} is unknown to this model"
                 notes.append(f"{unknown_user}: answered for an empty history.")
         else:
-            history = list(map(retriever.parse_id, self.history))
-            query = {"user_id": about.get("user_id"), "history": history}
-            query["request"] = retriever.parse_request(self.request)
+            history = list(map(retriever.encoder.parse_id, self.history))
+            query = {"user_id": about.get("user_id"), "history": history, "request": request}
             left_out = retriever.left_out([query])[0] + exclude
             ids, scores = retriever.retrieve([query], k, [left_out], allowed=allowed)
             are_known = zip(history, retriever.knows(history), strict=True)
@@ -331,9 +335,10 @@ class Query(OfModel):
         return ids[0].tolist(), scores[0].tolist()
 
 
-def _request_notes(retriever: "LoadedRetriever", texts: Mapping[str, str]) -> Iterator[str]:
+def _request_notes(
+    features: Sequence["Feature"], texts: Mapping[str, str], request: Mapping[str, Any]
+) -> Iterator[str]:
     """Describes typed request values that are missing or that the model does not know."""
-    features, request = retriever.features["request"], retriever.parse_request(texts)
     for feature in features:
         text = texts.get(feature.name, "")
         if text.strip() and feature.unknown(feature.to_raw([request[feature.name]])).any():

@@ -66,6 +66,10 @@ class Stage(enum.StrEnum):
     DISLIKED = "disliked"  # Its user said "not this": never a positive, never shown to them again.
 
 
+SEEN = Stage.CLICKED, Stage.EXPOSED, Stage.DISLIKED
+"""The stages of items that their user has seen."""
+
+
 @dataclass(frozen=True)
 class Dropped:
     """Rows that were dropped, or merged into others: why, for a person, and how many."""
@@ -194,7 +198,7 @@ def is_dislike(events: "ibis.Table") -> "ir.BooleanValue":
 
 def was_shown(events: "ibis.Table") -> "ir.BooleanValue":
     """Marks the events whose item the user saw: clicked, passed over or disliked."""
-    return events["stage"].isin([Stage.EXPOSED.value, Stage.CLICKED.value, Stage.DISLIKED.value])
+    return events["stage"].isin([stage.value for stage in SEEN])
 
 
 def disliked_pairs(events: "ibis.Table", pair: Sequence[str] = PAIR) -> "ibis.Table":

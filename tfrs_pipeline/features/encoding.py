@@ -9,9 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.numeric import DAY_SECONDS
+from tfrs_pipeline.features.numeric import DAY_SECONDS, Timestamp
 from tfrs_pipeline.features.raw import Column, to_seconds
-from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, check_requests
 
 TIMESTAMP = "timestamp"
 """The time of a request, from which hour and weekday come; seconds since 1970 in the graph."""
@@ -104,6 +104,18 @@ def raw_requests(
     if TIMESTAMP in columns:
         raw[TIMESTAMP] = to_seconds(TIMESTAMP, columns[TIMESTAMP])
     return raw
+
+
+def parse_request(features: Sequence[Feature], texts: Mapping[str, str]) -> dict[str, Any]:
+    """Parses typed features of a request, and its timestamp.
+
+    Commas separate lists; times are ISO 8601 with a time zone. Raises a `ValueError` if there is no
+    such feature, or a value is of the wrong kind.
+    """
+    known = {feature.name: feature for feature in features}
+    # After this check, only the timestamp can be absent from `known`.
+    check_requests([texts], known)
+    return {name: known.get(name, Timestamp(name)).parse(text) for name, text in texts.items()}
 
 
 def encode_requests(

@@ -1,7 +1,8 @@
 """A model's towers behind raw ids, and the inputs that queries become."""
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tensorflow as tf
@@ -13,12 +14,14 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import feature_from_dict
 from tfrs_pipeline.features.raw import MAX_SECONDS, to_seconds
 from tfrs_pipeline.model import tf_tables
-from tfrs_pipeline.model.exclusions import left_out
+from tfrs_pipeline.model.exclusions import left_out, rule_of
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.tf_tables import as_ids, lookup, signature_inputs, stored, traced
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query, history_of
 from tfrs_pipeline.samples.store import RowLists
 
+EMBEDDINGS = "embed_user", "embed_query", "embed_query_with_features", "embed_candidate"
+"""The functions of an `Encoder`, which signatures of an export call too."""
 ITEMS_PER_CALL = 8192
 # Self-attention over 200 items takes about 1.3 MB a query: four times as many would be most of the
 # memory of a training.
@@ -38,9 +41,9 @@ class Encoder(tf.Module):
     Attributes:
         embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool and
             num_known_items [B] int32, how many items of the history the training had; all by the
-            user's stored history and features. Also `known_items` [B, any], the ids that
-            `retrieve_user` excludes: the known positives, unless the model retrieves them, and what
-            the user disliked; absent where there is neither. None without user data.
+            user's stored history and features. Also `known_items` [B, any], ids to exclude:
+            dislikes, and known positives if the model excludes them. Absent if the model has
+            neither. None without user data.
             With a repeat bonus, this and the next two functions also return `repeated_items`
             [B, any], the distinct ids of the history, and `bonuses` [B, any] float32.
         embed_query: user_id [B], history [B, L] oldest first -> the first three, from this history.
@@ -108,9 +111,7 @@ class Encoder(tf.Module):
             times = _lists([self._history_times, self._histories[1]], query_rows)
         embedded = self._embed(query_rows, _lists(self._histories, query_rows), times, raw)
         disliked = [] if self._disliked is None else [self._disliked]
-        excludes_known = self._model().leaves_out_known
-        tables = left_out([self._known], disliked, excludes_known=excludes_known)
-        if not tables:
+        if not (tables := left_out(rule_of(self._model()), [self._known], disliked)):
             return embedded
         items = [self._items_in(table, user_id) for table in tables]
         return {**embedded, "known_items": tf.concat(items, axis=1)}
@@ -219,20 +220,30 @@ class Encoder(tf.Module):
 
 
 class SavedEncoder:
-    """What an `Encoder` holds of users and items, read from its variables without a call.
+    """An exported `Encoder`: it embeds, and tells what it holds of users and items.
 
     Lists are by the user's row, which `user_rows` returns. Row 0, an unknown user, has empty lists.
+    They are read from variables, without a call of the graph.
 
     Args:
         encoder: The `Encoder`, as `tf.saved_model.load` returns it, or one in memory.
 
     Attributes:
         user_dtype, item_dtype: The types of the ids, int64 or string.
+        users_are_text, items_are_text: Whether they are strings.
     """
 
     def __init__(self, encoder: Any) -> None:
-        specs = signature_inputs(encoder.embed_query)
+        # The encoder lacks the functions that its model does not support.
+        self._functions = {
+            name: function.get_concrete_function()
+            for name in EMBEDDINGS
+            if (function := getattr(encoder, name, None)) is not None
+        }
+        specs = self.inputs("embed_query")
         self.user_dtype, self.item_dtype = specs["user_id"].dtype, specs["history"].dtype
+        self.users_are_text = self.user_dtype == tf.string
+        self.items_are_text = self.item_dtype == tf.string
         self._query_rows, self._candidate_rows = encoder._query_rows, encoder._candidate_rows
         self._candidate_ids = _content(encoder._candidate_ids)
         # Not saved where nobody disliked anything.
@@ -244,6 +255,57 @@ class SavedEncoder:
         # A view of one NaN takes no memory, and histories may be large.
         unknown = np.broadcast_to(np.nan, len(self._histories[0]))
         self._times = unknown if times is None else _content(times)
+
+    def inputs(self, name: str) -> dict[str, tf.TensorSpec]:
+        """Returns the inputs of a function of the encoder by name."""
+        return signature_inputs(self._functions[name])
+
+    def call(self, name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Calls a function of the encoder with those of the arrays that it takes."""
+        function = self._functions[name]
+        inputs = tf_tables.as_tensors(signature_inputs(function), arrays)
+        outputs = tf_tables.call(function, inputs)
+        return {key: tensor.numpy() for key, tensor in outputs.items()}
+
+    def embed(self, name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Embeds with a function of the encoder: its answer, ready for `Candidates.search`.
+
+        What differs in length by query comes as a list for each: `known_items`, `repeated_items`
+        and `bonuses`, which go on after the repeated items.
+        """
+        answer: dict[str, Any] = self.call(name, arrays)
+        for key in {"known_items", "repeated_items"} & answer.keys():
+            answer[key] = tf_tables.id_lists_of(answer[key])
+        if "bonuses" in answer:
+            answer["bonuses"] = [*answer["bonuses"]]
+        return answer
+
+    def embed_items(
+        self, item_ids: Sequence[Any], features: Sequence[Feature], raw: Mapping[str, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Embeds items by the arrays that `raw_columns` makes of their features.
+
+        Returns embeddings [n, D] float32, and is_known_item [n] bool.
+        """
+        arrays = {"item_id": tf_tables.id_array(item_ids, self.item_dtype)}
+        arrays |= _by_input(raw_signature(features), raw)
+        # At least one call: without an item, it still gives the number of dimensions.
+        blocks = []
+        for start in range(0, max(len(item_ids), 1), ITEMS_PER_CALL):
+            block = {name: array[start : start + ITEMS_PER_CALL] for name, array in arrays.items()}
+            answer = self.call("embed_candidate", block)
+            blocks.append((answer["embeddings"], answer["is_known_item"]))
+        embeddings, is_known = map(np.concatenate, zip(*blocks, strict=True))
+        return embeddings, is_known
+
+    def parse_id(self, text: str, of: Literal["user", "item"] = "item") -> Any:
+        """Parses a typed id into the type of the model's ids, or raises a `ValueError`."""
+        if self.users_are_text if of == "user" else self.items_are_text:
+            return text
+        try:
+            return int(text)
+        except ValueError:
+            raise ValueError(f"This model's {of} ids are integers. Received: {text!r}") from None
 
     def user_ids(self) -> np.ndarray:
         """Returns the ids of all users, in the order of their rows: [n] int64, or bytes."""
@@ -307,13 +369,11 @@ def embed_queries(
     encoder: Encoder, queries: Sequence[Query], features: Mapping[str, Sequence[Feature]]
 ) -> np.ndarray:
     """Embeds queries by `user_id`, `history` and `request`: [num_queries, D] float32."""
-    blocks = []
+    blocks, specs = [], signature_inputs(encoder.embed_query)
     # At least one call: without a query, it still gives the number of dimensions.
     for start in range(0, max(len(queries), 1), QUERIES_PER_CALL):
-        block = queries[start : start + QUERIES_PER_CALL]
-        inputs = query_inputs(encoder.embed_query, block)
-        requests = [query.get("request") for query in block]
-        inputs |= request_inputs(encoder.embed_query, features, requests)
+        arrays = query_arrays(specs, features, queries[start : start + QUERIES_PER_CALL])
+        inputs = tf_tables.as_tensors(specs, arrays)
         blocks.append(tf_tables.call(encoder.embed_query, inputs)["embeddings"].numpy())
     return np.concatenate(blocks)
 
@@ -326,43 +386,26 @@ def features_of(manifest: Mapping[str, Any]) -> dict[str, tuple[Feature, ...]]:
     }
 
 
-def request_inputs(
-    function: Any,
+def query_arrays(
+    specs: Mapping[str, tf.TensorSpec],
     features: Mapping[str, Sequence[Feature]],
-    requests: Sequence[Mapping[str, Any] | None],
-) -> dict[str, tf.Tensor]:
-    """Makes the inputs of a signature that requests bring: raw features and the timestamp."""
-    reads_times = TIMESTAMP in signature_inputs(function)
-    raw = encoding.raw_requests(features["request"], requests, reads_times=reads_times)
-    specs = request_signature(features["request"], features["query"], reads_times=reads_times)
-    return as_inputs(specs, raw)
+    queries: Sequence[Query],
+) -> dict[str, np.ndarray]:
+    """Makes a signature's inputs of queries: user_id, history and its times, and the request.
 
-
-def as_inputs(
-    specs: Mapping[str, tf.TensorSpec], raw: Mapping[str, np.ndarray]
-) -> dict[str, tf.Tensor]:
-    """Makes inputs of a signature, by the names of specs, from arrays by the specs' keys."""
-    return {
-        spec.name: tf.constant(raw[key], spec.dtype, raw[key].shape) for key, spec in specs.items()
-    }
-
-
-def query_inputs(function: Any, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
-    """Makes the inputs of a signature that queries bring: user_id, history and its timestamps."""
-    specs = signature_inputs(function)
-    inputs = {}
+    `specs` are the inputs that the signature has, and `features` those of each side.
+    """
+    arrays = history_arrays(specs, queries)
     if "user_id" in specs:
         users = [query.get("user_id") for query in queries]
-        inputs["user_id"] = tf_tables.id_list(users, specs["user_id"].dtype)
-    histories = history_arrays(specs, queries)
-    return inputs | {
-        name: tf.constant(array, specs[name].dtype, array.shape)
-        for name, array in histories.items()
-    }
+        arrays["user_id"] = tf_tables.id_array(users, specs["user_id"].dtype)
+    return arrays | request_arrays(specs, features, [query.get("request") for query in queries])
 
 
-def history_arrays(specs: Mapping[str, Any], queries: Sequence[Query]) -> dict[str, np.ndarray]:
-    """Makes the arrays of a signature's inputs that hold histories, and their timestamps."""
+def history_arrays(
+    specs: Mapping[str, tf.TensorSpec], queries: Sequence[Query]
+) -> dict[str, np.ndarray]:
+    """Makes the inputs of a signature that hold histories, and their timestamps."""
     arrays = {}
     if "history" in specs:
         lists = list(map(history_of, queries))
@@ -372,6 +415,40 @@ def history_arrays(specs: Mapping[str, Any], queries: Sequence[Query]) -> dict[s
         values = np.concatenate([np.zeros(0), *times])
         arrays[HISTORY_TIMESTAMPS] = tf_tables.padded(values, times, np.nan)
     return arrays
+
+
+def request_arrays(
+    specs: Mapping[str, tf.TensorSpec],
+    features: Mapping[str, Sequence[Feature]],
+    requests: Sequence[Mapping[str, Any] | None],
+) -> dict[str, np.ndarray]:
+    """Makes a signature's inputs of requests: raw features and the timestamp."""
+    reads_times = TIMESTAMP in specs
+    raw = encoding.raw_requests(features["request"], requests, reads_times=reads_times)
+    names = request_signature(features["request"], features["query"], reads_times=reads_times)
+    return _by_input(names, raw)
+
+
+def feature_arrays(features: Sequence[Feature], queries: Sequence[Query]) -> dict[str, np.ndarray]:
+    """Makes a signature's inputs of the queries' `features`; a `ValueError` if one is unknown."""
+    names = [feature.name for feature in features]
+    if not names:
+        raise ValueError("The model reads no user features: remove `features` from the queries.")
+    if unknown := {name for query in queries for name in query["features"]} - set(names):
+        raise ValueError(
+            f"The model reads no user feature {', '.join(map(repr, sorted(unknown)))}; known: "
+            f"{', '.join(names)}"
+        )
+    columns = {name: [query["features"].get(name) for query in queries] for name in names}
+    raw = encoding.raw_columns(features, columns, len(queries))
+    return _by_input(raw_signature(features), raw)
+
+
+def _by_input(
+    specs: Mapping[str, tf.TensorSpec], raw: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Names the arrays of features as the inputs of a signature are named."""
+    return {spec.name: raw[name] for name, spec in specs.items()}
 
 
 def item_times(queries: Sequence[Query]) -> list[np.ndarray]:
@@ -418,6 +495,20 @@ def known_rows(
     saved, items = SavedEncoder(encoder), Ids(item_ids)
     users = saved.user_rows([query.get("user_id") for query in queries])
     return [items.known_rows(saved.known(row)) for row in users]
+
+
+def join_lines(parts: Sequence[tuple[Sequence[int], Mapping[str, Any]]]) -> dict[str, Any]:
+    """Joins what was computed for some lines of a batch each, in the order of the lines."""
+    back = np.argsort(np.concatenate([lines for lines, _ in parts]))
+    joined: dict[str, Any] = {}
+    for name, first in parts[0][1].items():
+        values = [part[name] for _, part in parts]
+        if isinstance(first, np.ndarray):
+            joined[name] = np.concatenate(values)[back]
+        else:  # A list for each line, of any length.
+            lists = [*itertools.chain.from_iterable(values)]
+            joined[name] = [lists[line] for line in back]
+    return joined
 
 
 def _lists(values_and_offsets: Sequence[tf.Variable], rows: tf.Tensor) -> tf.RaggedTensor:

@@ -1,38 +1,76 @@
 """Which items no answer to a user holds: what the user disliked, always, and what they know.
 
-This is the one place that decides it for service: for the exported graph (`model/encoder.py`), for
+This is the one module that decides it for service: for the exported graph (`model/encoder.py`), for
 events (`serving/user_histories.py`), and for answers by a history that the query brings
-(`LoadedRetriever.left_out`, which `recommend` and the command `query` call). `Activity` also takes
-disliked items out of histories. Evaluations leave out the same items by `Holdout.excluded`.
+(`LoadedRetriever.left_out`, which `recommend` and the command `query` call). The rule is the
+`evaluation.exclude` of the training, so that answers by user id leave out what the rankings of the
+test left out (`Holdout.excluded`). `Activity` also takes disliked items out of histories.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.data.schema import SEEN, Exclude, Stage
 
-KNOWN_STAGES: Mapping[str, set[Stage]] = {
-    "clicked": {Stage.CLICKED},
-    "seen": {Stage.CLICKED, Stage.EXPOSED},
-    "none": set(),
+if TYPE_CHECKING:
+    from tfrs_pipeline.model.exportable import Exportable
+
+KNOWN_STAGES: Mapping[Exclude, Collection[Stage]] = {
+    "clicked": [Stage.CLICKED],
+    "seen": SEEN,
+    "none": [],
 }
-"""The stages by which a user knows an item, by the training's `evaluation.exclude`."""
+"""The stages of events by which a user knows an item, by rule."""
 
 
-def left_out(known: Iterable[Any], disliked: Iterable[Any], *, excludes_known: bool) -> list[Any]:
+def rule_of(model: "Exportable") -> Exclude:
+    """Returns the rule of a model: `exclude`, or "none" with a repeat bonus, which needs them."""
+    return model.exclude if model.repeat_bonus is None else "none"
+
+
+def rule_of_version(manifest: Mapping[str, Any], *, has_bonus: bool = False) -> Exclude:
+    """Returns the rule of an exported version.
+
+    Early versions say in `excludes_known` whether known items are left out, or nothing: then they
+    are unless the graph `has_bonus`.
+    """
+    rule: Exclude = manifest.get("config", {}).get("evaluation", {}).get("exclude", "clicked")
+    if not manifest.get("excludes_known", not has_bonus):
+        rule = "none"
+    return manifest.get("exclude", rule)
+
+
+def left_out(rule: Exclude, known: Iterable[Any], disliked: Iterable[Any]) -> list[Any]:
     """Returns what an answer to a user leaves out: ids, or tables that hold them.
 
-    Disliked items are left out whatever `evaluation.exclude` is, and with a repeat bonus too.
+    Disliked items are left out by every rule.
 
     Args:
-        known: What the user clicked, or also saw (`KNOWN_STAGES`).
+        rule: As `rule_of` returns it.
+        known: What the user knows by that rule.
         disliked: What the user disliked, in the training's log or in service.
-        excludes_known: Whether the model leaves out known items (`Exportable.leaves_out_known`).
 
     Example:
-        >>> left_out(["v1", "v2"], ["v3"], excludes_known=True)
+        >>> left_out("clicked", ["v1", "v2"], ["v3"])
         ['v1', 'v2', 'v3']
-        >>> left_out(["v1", "v2"], ["v3"], excludes_known=False)
+        >>> left_out("none", ["v1", "v2"], ["v3"])
         ['v3']
     """
-    return [*(known if excludes_known else ()), *disliked]
+    return [*(() if rule == "none" else known), *disliked]
+
+
+def left_out_by_history(
+    rule: Exclude, history: Iterable[Any], known: Iterable[Any], disliked: Iterable[Any]
+) -> list[Any]:
+    """Returns what an answer to a query that brings its history leaves out; see `left_out`.
+
+    The history takes the place of the clicks that the model knows. What the user was only shown is
+    in no history.
+
+    Example:
+        >>> left_out_by_history("seen", ["v4"], ["v1", "v2"], ["v3"])
+        ['v4', 'v1', 'v2', 'v3']
+        >>> left_out_by_history("clicked", ["v4"], ["v1", "v2"], ["v3"])
+        ['v4', 'v3']
+    """
+    return left_out(rule, [*history, *(known if rule == "seen" else ())], disliked)

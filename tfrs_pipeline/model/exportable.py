@@ -11,6 +11,7 @@ import pyarrow as pa
 import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.repeats import RepeatBonus
@@ -41,8 +42,8 @@ class Exportable:
         history_length: Number of most recent items of a history that `embed_queries` reads.
         histories: For each query row from 0, the candidate rows clicked before the export, most
             recent first; empty if no history is known.
-        known_positives: For each query row from 0, the candidate rows not to retrieve again; empty
-            if there are none.
+        known_positives: For each query row from 0, the candidate rows that the user knows: those
+            clicked, with `exclude` "seen" those shown too. Empty if there are none.
         disliked: For each query row from 0, the candidate rows that the user disliked, which no
             answer by user id holds, with a repeat bonus or without; empty if there are none.
         history_times: [total], the times of the values of `histories` in seconds since 1970; None
@@ -54,9 +55,10 @@ class Exportable:
         has_item_bias: Whether the last entry of a candidate's embedding is a bias and that of a
             query's is 1. To find similar items, an item's last entry is set to 1 too.
         repeat_bonus: What is added to the scores of the items in a query's history, given or
-            stored; None is nothing. With it, `retrieve_user` also retrieves known positives.
-        excludes_known: Whether `retrieve_user` leaves out known positives. With a repeat bonus it
-            never does. Disliked items are always left out.
+            stored; None is nothing. With it, answers hold known positives whatever `exclude` is.
+        exclude: What answers by user id leave out, as the rankings of an evaluation do: "clicked"
+            and "seen" `known_positives` and what is recorded in service as clicked, or also as
+            shown; "none" nothing. Disliked items are always left out.
         items_read: When the reading of the items began, with a time zone. Earlier live writes of
             these items do not count. The default is now.
         histories_until: The time of the log's last event, with a time zone: events recorded in
@@ -84,7 +86,7 @@ class Exportable:
     reading: Reading = field(default_factory=Reading)
     has_item_bias: bool = False
     repeat_bonus: RepeatBonus | None = None
-    excludes_known: bool = True
+    exclude: Exclude = "clicked"
     items_read: datetime = field(default_factory=lambda: datetime.now(UTC))
     histories_until: datetime | None = None
     disliked: RowLists = field(default_factory=lambda: RowLists.empty(0))
@@ -125,11 +127,6 @@ class Exportable:
     def exportable(self) -> "Exportable":
         """Returns the model itself, as a fitted model returns its `Exportable`."""
         return self
-
-    @property
-    def leaves_out_known(self) -> bool:
-        """Whether answers by user id leave out known positives: a bonus needs them."""
-        return self.excludes_known and self.repeat_bonus is None
 
     @cached_property
     def candidate_ids(self) -> np.ndarray:

@@ -25,7 +25,7 @@ from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries, check_requests
-from tfrs_pipeline.samples.latest_histories import disliked_rows, latest_histories
+from tfrs_pipeline.samples.latest_histories import disliked_rows, latest_histories, seen_rows
 
 QueryEncoder: TypeAlias = Callable[[Sequence[Query]], np.ndarray]
 """Embeds queries that `check_queries` has passed: [n, D] float32."""
@@ -182,3 +182,15 @@ def with_log(towers: Exportable, log: Log) -> Exportable:
         items_read=log.items_read,
         histories_until=None if last is None else last.to_pyarrow().as_py(),
     )
+
+
+def excluding(model: Exportable, log: Log, exclude: Exclude) -> Exportable:
+    """Makes answers by user id leave out what the rankings of a test do (`Holdout.excluded`).
+
+    The whole `log` counts, the test part included.
+    """
+    if exclude == "seen":
+        users, candidates = Ids(model.query_ids), Ids(model.candidate_ids)
+        seen = seen_rows(log.whole, users, candidates)
+        model = dataclasses.replace(model, known_positives=seen)
+    return dataclasses.replace(model, exclude=exclude)

@@ -304,7 +304,7 @@ class FittedSum:
         names = "items", "histories", "known_positives", "disliked", "history_times"
         log_fields: dict[str, Any] = {
             name: getattr(whole, name)
-            for name in (*names, "histories_until", "reading", "items_read", "excludes_known")
+            for name in (*names, "histories_until", "reading", "items_read", "exclude")
         }
         return dataclasses.replace(self.towers, repeat_bonus=self.repeat_bonus, **log_fields)
 

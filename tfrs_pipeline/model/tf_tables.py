@@ -23,27 +23,24 @@ def empty_id(dtype: tf.DType) -> Any:
     return -1 if dtype == tf.int64 else ""
 
 
-def id_list(ids: Sequence[Any], dtype: tf.DType) -> tf.Tensor:
-    """Makes a tensor [n] of ids; None is the empty id. A `ValueError` if one has another type."""
+def id_array(ids: Sequence[Any], dtype: tf.DType) -> np.ndarray:
+    """Makes an array of ids, [n] int64, or texts as objects; None is the empty id.
+
+    Raises a `ValueError` if one has another type than the graph's `dtype`.
+    """
     check_ids([ids], are_text=dtype == tf.string)
-    return tf.constant(_ids_in_graph(ids, dtype), dtype, [len(ids)])
+    return _ids_in_graph(ids, dtype)
 
 
-def id_lists(lists: Sequence[Collection[Any]], dtype: tf.DType) -> tf.Tensor:
-    """Makes a tensor [n, longest] of lists of ids, padded with the empty id.
+def id_rows(lists: Sequence[Collection[Any]], dtype: tf.DType) -> np.ndarray:
+    """Makes an array [n, longest] of lists of ids, padded with the empty id; see `id_array`.
 
     Example:
-        >>> id_lists([[7, 8], [], [9]], tf.int64).numpy()
+        >>> id_rows([[7, 8], [], [9]], tf.int64)
         array([[ 7,  8],
                [-1, -1],
                [ 9, -1]])
     """
-    rows = id_rows(lists, dtype)
-    return tf.constant(rows, dtype, rows.shape)
-
-
-def id_rows(lists: Sequence[Collection[Any]], dtype: tf.DType) -> np.ndarray:
-    """Makes the array of `id_lists`: [n, longest] int64, or texts as objects."""
     check_ids(lists, are_text=dtype == tf.string)
     values = _ids_in_graph(list(itertools.chain.from_iterable(lists)), dtype)
     return padded(values, lists, empty_id(dtype))
@@ -119,7 +116,7 @@ def loaded_rows(table: Any, ids: Sequence[Any], dtype: tf.DType) -> np.ndarray:
     # A loaded table has a handle and no methods.
     rows = tf.raw_ops.LookupTableFindV2(
         table_handle=table.resource_handle,
-        keys=id_list(ids, dtype),
+        keys=tf.constant(id_array(ids, dtype), dtype, [len(ids)]),
         default_value=tf.constant(0, tf.int64),
     )
     return rows.numpy()
@@ -168,14 +165,16 @@ def missing_value(dtype: tf.DType) -> Any:
     return b"" if dtype == tf.string else empty_id(dtype)
 
 
-def ask(signature: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Calls a signature of a loaded model with those of the arrays that it takes."""
+def as_tensors(
+    specs: Mapping[str, tf.TensorSpec], arrays: Mapping[str, np.ndarray]
+) -> dict[str, tf.Tensor]:
+    """Makes the inputs that a signature takes of those arrays that it has a name for."""
     # With a shape, because an empty array of text has none of its own.
-    tensors = {
-        name: tf.constant(inputs[name], spec.dtype, inputs[name].shape)
-        for name, spec in signature_inputs(signature).items()
+    return {
+        name: tf.constant(arrays[name], spec.dtype, arrays[name].shape)
+        for name, spec in specs.items()
+        if name in arrays
     }
-    return {name: tensor.numpy() for name, tensor in signature(**tensors).items()}
 
 
 def call(function: Any, inputs: Mapping[str, tf.Tensor]) -> Any:

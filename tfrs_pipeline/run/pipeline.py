@@ -3,7 +3,6 @@
 A model is exported unless it is worse than others (`run/gate.py`), and at most once per training.
 """
 
-import dataclasses
 import importlib.metadata
 import math
 import platform
@@ -19,6 +18,7 @@ from tfrs_pipeline.durable import read_record, read_whole, recorded_hashes, writ
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
+from tfrs_pipeline.model.fitted_model import excluding
 from tfrs_pipeline.model.sums import Model
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import CHECKPOINTS, METRICS_FILE, RunFolder, name_of_log
@@ -240,10 +240,8 @@ def _export_best(
     # Said before the long work, since notes are shown only when a step has ended.
     run.progress.task("export", 0, 0, WRITING)
     search = search_of(export.index, export.target_recall)
-    # Service leaves out of its answers what the test left out of its rankings.
-    excludes_known = config.evaluation.exclude != "none"
     version, manifest = export_version(
-        dataclasses.replace(two_tower.exportable(), excludes_known=excludes_known),
+        excluding(two_tower.exportable(), log, config.evaluation.exclude),
         config.model_folder,
         ExportOptions(search, export.filter_by, export.keep_versions),
         user_data=export.user_data,

@@ -36,7 +36,16 @@ def disliked_rows(log: Log, query_ids: Ids, candidate_ids: Ids) -> RowLists:
     """Collects the candidate rows that each user disliked, ascending, per query row from 0."""
     if log.disliked is None:
         return RowLists.empty(len(query_ids) + 1)
-    rows = _with_rows(log.disliked, query_ids, candidate_ids)
+    return _distinct_rows(log.disliked, query_ids, candidate_ids)
+
+
+def seen_rows(log: Log, query_ids: Ids, candidate_ids: Ids) -> RowLists:
+    """Collects the candidate rows that each user clicked, was shown or disliked, ascending."""
+    return _distinct_rows(log.events.filter(schema.was_shown), query_ids, candidate_ids)
+
+
+def _distinct_rows(pairs: ibis.Table, query_ids: Ids, candidate_ids: Ids) -> RowLists:
+    rows = _with_rows(pairs.select(*PAIR).distinct(), query_ids, candidate_ids)
     rows = rows.filter(rows["candidate_row"] > 0)
     return _by_query(rows.order_by(ROW_PAIR), len(query_ids))[0]
 

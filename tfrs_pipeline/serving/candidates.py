@@ -298,26 +298,22 @@ class Candidates:
         ids: Sequence[Any],
         vectors: np.ndarray,
         column: Sequence[Any] | None = None,
-        removed: Iterable[Any] = (),
-    ) -> int:
+        removed: Sequence[Any] = (),
+    ) -> None:
         """Adds or replaces candidates, and removes others, in one change for all later searches.
 
         Ids are distinct; `vectors` are [n, D] float32, and `column` has the [n] values of a filter.
-        The index takes them in at once. Returns how many of `removed` were candidates; unknown ids
-        are ignored.
+        The index takes them in at once. Unknown ids among `removed` are ignored.
         """
-        removed = list(removed)
         with self._lock:
             codes = np.zeros((len(ids), 0), np.int32)
             if self.values is not None:
                 codes = self.values.encode(column or [None] * len(ids))
-            num_gone = int(np.count_nonzero(self._view.rows_now(removed)))
             change = ids, vectors, codes, removed
             # One assignment: a search sees the view before the change or the one after it.
             self._view = self._view.changed(*change)
             if self._changes is not None:
                 self._changes.append(change)
-            return num_gone
 
     def rebuild(self, build: Callable[[np.ndarray], Searcher] | None) -> None:
         """Drops removed rows, and builds the index of the rest anew; no `build` means no index.

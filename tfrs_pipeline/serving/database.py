@@ -1,4 +1,4 @@
-"""SQLite files beside a model's versions: what they share, and the file of live items.
+"""SQLite files beside a model's versions.
 
 Any number of processes on one machine may read and write such a file. A write is a transaction, on
 disk before it is confirmed, so a killed process or a power cut leaves all of it or nothing.
@@ -9,25 +9,12 @@ import json
 import os
 import sqlite3
 import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tfrs_pipeline.durable import Damaged, StorageError, locked, naming, replacing
 
-STORE_FILE = "live.sqlite"
-
-_SCHEMA = """
-PRAGMA journal_mode = WAL;  -- Readers and the writer do not wait for each other.
-CREATE TABLE IF NOT EXISTS live_items (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- Rises with every write and is never reused.
-    item_id NOT NULL UNIQUE,                -- INTEGER or TEXT; without a type, 7 and '7' differ.
-    time REAL NOT NULL,                     -- When it was written, in seconds since 1970.
-    is_listed INTEGER NOT NULL DEFAULT 0,   -- Whether a version had the item itself.
-    item TEXT                               -- JSON; NULL if the item was removed.
-);
-"""
 # A writer waits this long for others. A transaction takes milliseconds; a rewrite of the events'
 # file takes 5 to 7 s a GB, so it holds off others for too long from 4 to 5 GB on.
 BUSY_SECONDS = 30.0
@@ -38,16 +25,6 @@ _DAMAGES = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 class Replaced(StorageError):
     """The file was deleted or restored since this process first read it."""
-
-
-class LiveRow(NamedTuple):
-    """The last write of an item; see the table. The item is None if it was removed."""
-
-    seq: int
-    item_id: Any
-    time: float
-    is_listed: bool
-    item: dict[str, Any] | None
 
 
 class Database:
@@ -159,39 +136,3 @@ class Database:
             # The connection is closed first, then the file is flushed and renamed.
             with replacing(self.path) as new, contextlib.closing(sqlite3.connect(new)) as sql:
                 sql.executescript(self.schema)
-
-
-class Store(Database):
-    """The file of live items: a row for each item that was written, with its last write."""
-
-    file_name, schema, is_mirrored = STORE_FILE, _SCHEMA, True
-    what_is_lost = ", and write the live items again"
-
-    def items_after(self, seq: int) -> list[LiveRow]:
-        """Reads the rows written after row `seq`, in the order of the writes."""
-        query = f"SELECT {', '.join(LiveRow._fields)} FROM live_items WHERE seq > ? ORDER BY seq"
-        with self._opened() as connection:
-            rows = connection.execute(query, [seq]).fetchall() if connection else []
-            return [LiveRow._make([*row[:-1], row[-1] and json.loads(row[-1])]) for row in rows]
-
-    def write_items(
-        self, items: Mapping[Any, Mapping[str, Any] | None], not_before: float = 0.0
-    ) -> int:
-        """Writes items by id, None for removed ones, in place of earlier writes of them.
-
-        Their time is now, or `not_before`, in seconds since 1970, if that is later. Returns the
-        last row's `seq`.
-        """
-        insert = "INSERT OR REPLACE INTO live_items (item_id, time, item) VALUES (?, ?, ?)"
-        with self.writing() as connection:
-            now = max(time.time(), not_before)
-            rows = [(id_, now, item and json.dumps(item)) for id_, item in items.items()]
-            connection.executemany(insert, rows)
-            return int(connection.execute("SELECT max(seq) FROM live_items").fetchone()[0])
-
-    def mark_listed(self, item_ids: Iterable[Any], over: Iterable[int] = ()) -> None:
-        """Notes that a version has these items itself, and drops the rows `over`, by `seq`."""
-        with self.writing() as connection:
-            mark = "UPDATE live_items SET is_listed = 1 WHERE item_id = ?"
-            connection.executemany(mark, [(id_,) for id_ in item_ids])
-            connection.executemany("DELETE FROM live_items WHERE seq = ?", [(seq,) for seq in over])

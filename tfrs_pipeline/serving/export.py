@@ -32,6 +32,7 @@ from tfrs_pipeline.model.encoder import (
     item_times,
     known_rows,
 )
+from tfrs_pipeline.model.exclusions import rule_of
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.tf_tables import embed_corpus, signature_inputs
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query, history_of
@@ -179,7 +180,7 @@ def export_version(
         },
         "reading": model.reading.as_json(),
         "user_data": user_data,
-        "excludes_known": model.leaves_out_known,
+        "exclude": rule_of(model),
         "has_item_bias": model.has_item_bias,
         "items_read": items_read.isoformat(),
         # A clock that is ahead may date an event after the reading. If that ended the log, no event

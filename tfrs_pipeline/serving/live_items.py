@@ -3,25 +3,30 @@
 Each write is checked, embedded by the exported item tower, put into the store beside the versions,
 and found by the next search.
 
-A version takes the last write of an item if it was made after the refresh or run began to read the
-version's items. Of earlier writes it takes those of items that no version had. So a version's own
-item beats earlier writes. An item that some version had and a later one lacks is gone, even if it
-was changed live in between. An item that was only ever written live stays until it is removed.
+A version takes the last write of an item
+
+- if it was made after the reading of the version's items began;
+- if it was made before, and no version had the item: so an item that was only ever written live
+  stays until it is removed.
+
+It drops an earlier write of an item that some version had: the version has the item itself, or the
+item is gone.
 """
 
 import collections
 import contextlib
 import functools
+import json
 import logging
 import math
 import string
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -32,10 +37,10 @@ from tfrs_pipeline.features.encoding import raw_columns
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.raw import is_missing
 from tfrs_pipeline.messages import plain
-from tfrs_pipeline.model.encoder import ITEMS_PER_CALL, features_of
+from tfrs_pipeline.model.encoder import SavedEncoder, features_of
 from tfrs_pipeline.retrieval import check_collection, check_ids
 from tfrs_pipeline.serving.candidates import Candidates
-from tfrs_pipeline.serving.database import LiveRow, Store
+from tfrs_pipeline.serving.database import Database
 from tfrs_pipeline.serving.searcher import SMALLEST_HASHED_CORPUS, build_in_subprocess
 
 logger = logging.getLogger(__name__)
@@ -43,9 +48,71 @@ logger = logging.getLogger(__name__)
 Item: TypeAlias = Mapping[str, Any]
 """An item: `item_id`, and raw values by column of the log's item table; None is missing."""
 
+STORE_FILE = "live.sqlite"
+
+_SCHEMA = """
+PRAGMA journal_mode = WAL;  -- Readers and the writer do not wait for each other.
+CREATE TABLE IF NOT EXISTS live_items (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- Rises with every write and is never reused.
+    item_id NOT NULL UNIQUE,                -- INTEGER or TEXT; without a type, 7 and '7' differ.
+    time REAL NOT NULL,                     -- When it was written, in seconds since 1970.
+    is_listed INTEGER NOT NULL DEFAULT 0,   -- Whether a version had the item itself.
+    item TEXT                               -- JSON; NULL if the item was removed.
+);
+"""
 _MAX_NOTES = 10
 # How long writes are kept that the version in use does not take, for older versions.
 _KEPT_SECONDS = 30 * 86_400
+
+
+class LiveRow(NamedTuple):
+    """The last write of an item; see the table. The item is None if it was removed."""
+
+    seq: int
+    item_id: Any
+    time: float
+    is_listed: bool
+    item: dict[str, Any] | None
+
+
+class Store(Database):
+    """The file of live items: a row for each item that was written, with its last write."""
+
+    file_name, schema, is_mirrored = STORE_FILE, _SCHEMA, True
+    what_is_lost = ", and write the live items again"
+
+    def items_after(self, seq: int) -> list[LiveRow]:
+        """Reads the rows written after row `seq`, in the order of the writes."""
+        query = f"SELECT {', '.join(LiveRow._fields)} FROM live_items WHERE seq > ? ORDER BY seq"
+        with self._opened() as connection:
+            rows = connection.execute(query, [seq]).fetchall() if connection else []
+            return [LiveRow._make([*row[:-1], row[-1] and json.loads(row[-1])]) for row in rows]
+
+    def check(self) -> None:
+        """Raises `Damaged` if the file is not as this version wrote it."""
+        self.items_after(2**62)  # There are no such rows.
+
+    def write_items(
+        self, items: Mapping[Any, Mapping[str, Any] | None], not_before: float = 0.0
+    ) -> int:
+        """Writes items by id, None for removed ones, in place of earlier writes of them.
+
+        Their time is now, or `not_before`, in seconds since 1970, if that is later. Returns the
+        last row's `seq`.
+        """
+        insert = "INSERT OR REPLACE INTO live_items (item_id, time, item) VALUES (?, ?, ?)"
+        with self.writing() as connection:
+            now = max(time.time(), not_before)
+            rows = [(id_, now, item and json.dumps(item)) for id_, item in items.items()]
+            connection.executemany(insert, rows)
+            return int(connection.execute("SELECT max(seq) FROM live_items").fetchone()[0])
+
+    def mark_listed(self, item_ids: Iterable[Any], over: Iterable[int] = ()) -> None:
+        """Notes that a version has these items itself, and drops the rows `over`, by `seq`."""
+        with self.writing() as connection:
+            mark = "UPDATE live_items SET is_listed = 1 WHERE item_id = ?"
+            connection.executemany(mark, [(id_,) for id_ in item_ids])
+            connection.executemany("DELETE FROM live_items WHERE seq = ?", [(seq,) for seq in over])
 
 
 @dataclass(frozen=True)
@@ -62,8 +129,7 @@ class LiveItems:
     """Writes to the candidates of a loaded version; safe from several threads.
 
     Begins by taking in what the store holds, in the model's `folder`. `manifest` is the version's.
-    `embed` embeds ids with arrays of raw features: vectors [n, D], is_known_item [n]. An index has
-    `num_leaves` partitions; 0 is exact search.
+    An index has `num_leaves` partitions; 0 is exact search.
 
     Attributes:
         folder: The model's folder.
@@ -76,10 +142,10 @@ class LiveItems:
         folder: Path,
         manifest: Mapping[str, Any],
         candidates: Candidates,
-        embed: Callable[..., tuple[np.ndarray, np.ndarray]],
+        encoder: SavedEncoder,
         num_leaves: int,
     ) -> None:
-        self._store, self._candidates, self._embed = Store(folder), candidates, embed
+        self._store, self._candidates, self._encoder = Store(folder), candidates, encoder
         # When the reading of the version's items began, in seconds since 1970.
         self._items_read = datetime.fromisoformat(manifest["items_read"]).timestamp()
         self._features = features_of(manifest)["candidate"]
@@ -212,12 +278,7 @@ class LiveItems:
         if not items:
             return self._candidates.vectors_of([])
         ids = [item["item_id"] for item in items]
-        blocks = [slice(i, i + ITEMS_PER_CALL) for i in range(0, len(ids), ITEMS_PER_CALL)]
-        embedded = [
-            self._embed(ids[block], {name: values[block] for name, values in raw.items()})
-            for block in blocks
-        ]
-        vectors, is_known = map(np.concatenate, zip(*embedded, strict=True))
+        vectors, is_known = self._encoder.embed_items(ids, self._features, raw)
         wrong = ~np.isfinite(vectors).all(axis=1)
         if not self._features:  # A new item then has nothing to be embedded by.
             wrong |= ~is_known

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import tensorflow as tf
 from pydantic import BaseModel, FailFast, Field, StrictInt, StrictStr, TypeAdapter
 from pydantic_core import to_json, to_jsonable_python
 
+from tfrs_pipeline.features.encoding import parse_request
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.numeric import Timestamp
-from tfrs_pipeline.model.encoder import request_inputs
+from tfrs_pipeline.model.encoder import feature_arrays, request_arrays
 from tfrs_pipeline.model.tf_tables import empty_id
 from tfrs_pipeline.serving import rest
+from tfrs_pipeline.serving.publish import FILTERED, SIMILAR
 from tfrs_pipeline.serving.retriever import LoadedRetriever
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.serving.signatures import FILTERED, RETRIEVALS, SIMILAR
 from tfrs_pipeline.serving.versions import ServedVersion
 
 PAGE_FILE = Path(__file__).with_name("page.html")
@@ -123,7 +123,7 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
     result: dict[str, Any] = {"version": version.number, "index": answered, "exact": None}
     result["request"] = {"path": path, "body": request.decode()}
     if query.user_id is not None:
-        history = retriever.stored_history(retriever.parse_id(str(query.user_id), "user"))
+        history = retriever.stored_history(retriever.encoder.parse_id(str(query.user_id), "user"))
         shown = _shown(version, history[:MAX_HISTORY_SHOWN])
         result["history"] = {"items": shown, "length": len(history)}
     if retriever.manifest["index"]["kind"] == "scann":
@@ -135,31 +135,30 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
 
 def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
     """Makes the predict call for a query."""
-    history = [retriever.parse_id(str(item)) for item in query.items]
+    parse_id = retriever.encoder.parse_id
+    history = [parse_id(str(item)) for item in query.items]
     if query.similar_to is not None:
-        name, inputs = SIMILAR, {"item_id": [retriever.parse_id(str(query.similar_to))]}
+        name, inputs = SIMILAR, {"item_id": [parse_id(str(query.similar_to))]}
     elif query.user_id is not None:
         if not retriever.manifest["user_data"]:
             raise ValueError("This model was exported without user data: pick items instead.")
-        user_id = retriever.parse_id(str(query.user_id), "user")
-        name, inputs = "retrieve_user", {"user_id": [user_id]}
+        name, inputs = "retrieve_user", {"user_id": [parse_id(str(query.user_id), "user")]}
     else:
         name = "retrieve_with_features" if query.features else "retrieve"
         inputs = {"user_id": [empty_id(retriever.user_dtype)], "history": [history]}
     inputs["exclude"] = [history]
-    features_by_input: dict[str, tf.Tensor] = {}
+    arrays: dict[str, np.ndarray] = {}
     if query.features:
         known = {feature.name: feature for feature in retriever.features["query"]}
         features = {
             name: known[name].parse(text) if name in known else text
             for name, text in query.features.items()
         }
-        features_by_input |= retriever.raw_query_features([{"features": features}])
+        arrays |= feature_arrays(retriever.features["query"], [{"features": features}])
     if query.request and name != SIMILAR:
-        function = retriever.saved_model.signatures[RETRIEVALS[name]]
-        request = retriever.parse_request(query.request)
-        features_by_input |= request_inputs(function, retriever.features, [request])
-    inputs |= {name: tensor.numpy().tolist() for name, tensor in features_by_input.items()}
+        request = parse_request(retriever.features["request"], query.request)
+        arrays |= request_arrays(retriever.signatures[name], retriever.features, [request])
+    inputs |= {name: array.tolist() for name, array in arrays.items()}
     if query.filter:
         inputs["allowed"] = [query.filter]
         name += FILTERED

@@ -10,11 +10,9 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.durable import Damaged, flush, locked, naming, read_record
 from tfrs_pipeline.messages import beside
 
@@ -29,6 +27,19 @@ FILTER_COLUMN = "filter"
 INDEX_FOLDER, SCANN_FOLDER = Path("index"), Path("scann") / "1"
 # The layout of a version. A version of another format is refused, with this number in the error.
 FORMAT = 2
+# Signatures that retrieve, and those that embed their queries; saved_models/README.md lists the
+# inputs. `similar` embeds by itself: the index has the vectors of its items.
+SIMILAR = "similar"
+RETRIEVALS = {
+    "retrieve_user": "embed_user",
+    "retrieve": "embed_query",
+    "retrieve_with_features": "embed_query_with_features",
+    SIMILAR: SIMILAR,
+}
+# The server also answers these names with a filter, for models that have one.
+FILTERED = "_filtered"
+# `retrieve_user` for a user id alone, with this k.
+DEFAULT_SIGNATURE, DEFAULT_K = "serving_default", 100
 _PARTIAL, _DISCARDED, _LOCK = ".partial-", ".discarded-", ".lock"
 
 
@@ -43,12 +54,6 @@ def versions_of(folder: Path) -> list[int]:
     names = [child.name for child in folder.iterdir() if (child / MANIFEST_FILE).is_file()]
     # 001 is not a version: its number, 1, would not lead back to it.
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
-
-
-def exclude_of(manifest: Mapping[str, Any]) -> Exclude:
-    """Returns the `evaluation.exclude` that a version was trained with; "clicked" if unknown."""
-    exclude: Exclude = manifest.get("config", {}).get("evaluation", {}).get("exclude", "clicked")
-    return exclude
 
 
 def no_model_at(path: Path) -> FileNotFoundError:

@@ -56,9 +56,9 @@ def recommend(
         path: A `.parquet` file; an earlier one is replaced once the new one is complete.
         users: CSV or Parquet, or a table, with `user_id` and optionally `history`: item ids, oldest
             first, in a list, or in a text that is split as in the log's files. A user with a
-            history is answered by it; its items take the place of the stored ones, and what the
-            user disliked is left out too. None is all users of the model, and then those of whom
-            only events are known.
+            history is answered by it; its items take the place of the stored ones, and what
+            `left_out` of the model returns is left out. None is all users of the model, and then
+            those of whom only events are known.
         k: Number of items for each user.
         allowed: Values of the item filter; items need one of them. An empty list allows all.
         progress: Shows how many users are done, and how many a second.

@@ -26,8 +26,8 @@ from tfrs_pipeline.features.raw import MAX_SECONDS
 from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.tf_tables import completed, missing_value
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
+from tfrs_pipeline.serving.publish import DEFAULT_K, DEFAULT_SIGNATURE
 from tfrs_pipeline.serving.settings import Lately, ServeSettings
-from tfrs_pipeline.serving.signatures import DEFAULT_K, DEFAULT_SIGNATURE
 
 KEYS = ("signature_name", "instances", "inputs", "exclude_served")
 _LATELY = TypeAdapter(Lately)
@@ -79,7 +79,11 @@ class SignatureInputs:
         if len(set(sizes.values())) > 1:
             raise bad_request(f"All inputs must have as many queries. Received: {sizes}")
         _check_times(arrays)
-        inputs = completed(self._specs, arrays, max(sizes.values()))
+        return self.completed(arrays, max(sizes.values()))
+
+    def completed(self, arrays: Mapping[str, Any], num_queries: int) -> dict[str, np.ndarray]:
+        """Adds missing values for the inputs that a request leaves out."""
+        inputs = completed(self._specs, arrays, num_queries)
         return {name: np.asarray(values) for name, values in inputs.items()}
 
     def _columns_from_rows(self, instances: Any) -> dict[str, Any]:
@@ -162,6 +166,8 @@ class SignatureInputs:
 class PredictCall(NamedTuple):
     """A signature's name and the array of each input: numbers, or `bytes` objects.
 
+    The default signature has become `retrieve_user`.
+
     `exclude_served` says which answers' items are left out; None takes the server's settings.
     """
 
@@ -178,8 +184,7 @@ class PredictCall(NamedTuple):
     @property
     def k(self) -> int:
         """Results of a query; 1 if it is only embedded."""
-        default = DEFAULT_K if self.signature == DEFAULT_SIGNATURE else 1
-        return int(self.inputs.get("k", default))
+        return int(self.inputs.get("k", 1))
 
 
 def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> PredictCall:
@@ -205,6 +210,10 @@ def parse_predict(body: bytes, signatures: Mapping[str, SignatureInputs]) -> Pre
         raise bad_request("A request has either 'inputs' or 'instances'.")
     content = document["instances" if is_row_format else "inputs"]
     inputs = signatures[name].read(content, is_row_format=is_row_format)
+    if name == DEFAULT_SIGNATURE:
+        name, users = "retrieve_user", inputs["user_id"]
+        known = {"user_id": users, "k": np.int32(DEFAULT_K)}
+        inputs = signatures[name].completed(known, len(users))
     served = document.get("exclude_served")
     if served is not None and not isinstance(served, dict):
         example = 'exclude_served must be an object, such as {"answers": 2} or {"hours": 0.5}.'

@@ -4,7 +4,7 @@ import itertools
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,27 +12,23 @@ import tensorflow as tf
 
 from tfrs_pipeline import retrieval
 from tfrs_pipeline.durable import Damaged, read_record
-from tfrs_pipeline.features.encoding import raw_columns, raw_signature
-from tfrs_pipeline.features.numeric import Timestamp
+from tfrs_pipeline.features.encoding import raw_columns
 from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.messages import suggest
-from tfrs_pipeline.model import tf_tables
 from tfrs_pipeline.model.encoder import (
     SavedEncoder,
-    as_inputs,
+    feature_arrays,
     features_of,
-    history_arrays,
-    query_inputs,
-    request_inputs,
+    join_lines,
+    query_arrays,
 )
-from tfrs_pipeline.model.exclusions import left_out
+from tfrs_pipeline.model.exclusions import left_out_by_history, rule_of_version
 from tfrs_pipeline.model.tf_tables import as_ids, id_lists_of, signature_inputs
-from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Excluded, Query, Retrieved, history_of
-from tfrs_pipeline.serving import publish, signatures
+from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, history_of
+from tfrs_pipeline.serving import publish
 from tfrs_pipeline.serving.candidates import Candidates, FilterValues
-from tfrs_pipeline.serving.database import Store
 from tfrs_pipeline.serving.index import Level, has_scann
-from tfrs_pipeline.serving.live_items import Item, LiveItems
+from tfrs_pipeline.serving.live_items import Item, LiveItems, Store
 from tfrs_pipeline.serving.searcher import Searcher
 from tfrs_pipeline.serving.user_events import Event, Journal, check_events
 from tfrs_pipeline.serving.user_histories import Activity
@@ -91,23 +87,28 @@ class LoadedRetriever:
         if is_live:
             # A damaged file is refused before the graph is loaded: TensorFlow keeps the graph's
             # tables, and a server, which tries again and again, would fill its memory with them.
-            Store(folder.parent).items_after(2**62)
+            Store(folder.parent).check()
         self.saved_model: Any = tf.saved_model.load(str(folder))
         functions = self.saved_model.signatures
-        self.signatures = {name: signature_inputs(functions[name]) for name in functions}
-        spec = self.signatures["retrieve"]
-        self.user_dtype, self.item_dtype = spec["user_id"].dtype, spec["history"].dtype
+        self.signatures = {
+            name: signature_inputs(functions[name])
+            for name in functions
+            if name != publish.DEFAULT_SIGNATURE  # The server answers it as `retrieve_user`.
+        }
         self.encoder = SavedEncoder(self.saved_model.encoder)
+        self.user_dtype, self.item_dtype = self.encoder.user_dtype, self.encoder.item_dtype
         self.features = features_of(self.manifest)
         self.item_filter: dict[str, Any] | None = self.manifest["filter"]
         if self.item_filter is not None:
             # The SavedModel has no filter, so only this class answers these signatures.
             allowed = {"allowed": tf.TensorSpec([None, None], tf.string, "allowed")}
             self.signatures |= {
-                f"{name}{signatures.FILTERED}": self.signatures[name] | allowed
-                for name in signatures.RETRIEVALS
+                f"{name}{publish.FILTERED}": self.signatures[name] | allowed
+                for name in publish.RETRIEVALS
                 if name in self.signatures
             }
+        has_bonus = "bonuses" in functions["embed_query"].structured_outputs
+        self._rule = rule_of_version(self.manifest, has_bonus=has_bonus)
         self._has_bias: bool = self.manifest.get("has_item_bias", False)
         index = self.manifest["index"]
         if index["kind"] == "scann" and not exact and not has_scann():
@@ -120,11 +121,9 @@ class LoadedRetriever:
         self.activity: Activity | None = None
         if is_live:
             model, num_leaves = folder.parent, index.get("num_leaves", 0)
-            self._live = LiveItems(
-                model, self.manifest, self.candidates, self.embed_raw, num_leaves
-            )
+            self._live = LiveItems(model, self.manifest, self.candidates, self.encoder, num_leaves)
             if self.manifest["user_data"]:
-                self.activity = Activity(model, self.encoder, self.manifest, self.excludes_known)
+                self.activity = Activity(model, self.encoder, self.manifest, self._rule)
 
     @property
     def excludes_known(self) -> bool:
@@ -133,8 +132,7 @@ class LoadedRetriever:
         They do as the rankings of the test did: not after `evaluation.exclude none`, nor with a
         repeat bonus.
         """
-        has_bonus = "bonuses" in self.saved_model.signatures["embed_query"].structured_outputs
-        return bool(self.manifest.get("excludes_known", not has_bonus))
+        return self._rule != "none"
 
     def _candidates(self, levels: Sequence[Mapping[str, int]]) -> Candidates:
         """Reads the candidates, and the index too, unless `levels` is empty."""
@@ -175,8 +173,9 @@ class LoadedRetriever:
                 a request feature that looks misspelt (others are ignored); if `allowed` is given
                 without an item filter, or holds a value that no item has.
         """
-        ids, scores, _ = self._retrieved("embed_query", queries, k, exclude, allowed)
-        return ids, scores
+        self._check_request(queries, k, exclude, allowed)
+        answer = self._search(self._embed_queries(queries), k, exclude, allowed)
+        return answer["candidate_ids"], answer["scores"]
 
     def retrieve_user(
         self,
@@ -191,11 +190,11 @@ class LoadedRetriever:
 
         What they did is the stored history and the events recorded since, in time order. Users
         without either get the answer for an empty history. Clicks, stored and recorded, are
-        excluded if `excludes_known`; recorded views if the training's `evaluation.exclude` was
-        seen; dislikes, in the training's log and recorded since, always. `exclude` adds ids to
-        exclude. `allowed` and `requests` have one entry for each user, as in `retrieve`. Returns
-        candidate_ids [n, k], scores [n, k] float32, is_known_user [n] bool. Raises as `retrieve`,
-        and a `ValueError` if the model was exported without user data.
+        excluded if `excludes_known`; views, in the log and recorded since, if the training's
+        `evaluation.exclude` was seen; dislikes, in the log and recorded since, always. `exclude`
+        adds ids to exclude. `allowed` and `requests` have one entry for each user, as in
+        `retrieve`. Returns candidate_ids [n, k], scores [n, k] float32, is_known_user [n] bool.
+        Raises as `retrieve`, and a `ValueError` if the model was exported without user data.
         """
         if not self.manifest["user_data"]:
             raise ValueError(
@@ -208,7 +207,10 @@ class LoadedRetriever:
             retrieval.check_one_each("requests", requests, len(queries))
             pairs = zip(queries, requests, strict=True)
             queries = [{**query, "request": request} for query, request in pairs]
-        return self._retrieved("embed_user", queries, k, exclude, allowed)
+        self._check_request(queries, k, exclude, allowed)
+        embedded = self._embed("embed_user", self._arrays("embed_user", queries))
+        answer = self._search(embedded, k, exclude, allowed)
+        return answer["candidate_ids"], answer["scores"], answer["is_known_user"]
 
     def similar(
         self, item_ids: Sequence[Any], k: int, exclude: Excluded = None, *, allowed: Allowed = None
@@ -223,14 +225,15 @@ class LoadedRetriever:
         an item is not a candidate.
         """
         retrieval.check_collection("item_ids", item_ids)
-        retrieval.check_ids([item_ids], are_text=self.item_dtype == tf.string)
+        retrieval.check_ids([item_ids], are_text=self.encoder.items_are_text)
         self._check_request([{}] * len(item_ids), k, exclude, allowed)
-        return self._searched(self._embedded_items(item_ids), k, exclude, allowed)
+        answer = self._search(self._item_queries(item_ids), k, exclude, allowed)
+        return answer["candidate_ids"], answer["scores"]
 
     def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
         """Embeds queries, which are read and checked as in `retrieve`: [n, D] float32."""
-        retrieval.check_queries(queries, ids_are_text=self.item_dtype == tf.string)
-        return self._embedded(queries, "embed_query")["embeddings"]
+        retrieval.check_queries(queries, ids_are_text=self.encoder.items_are_text)
+        return self._embed_queries(queries)["embeddings"]
 
     def embed_candidates(
         self, item_ids: Sequence[Any], features: Mapping[str, Sequence[Any] | np.ndarray]
@@ -241,18 +244,8 @@ class LoadedRetriever:
         in the item table; None is missing. Returns embeddings [n, D] float32, and is_known_item [n]
         bool: whether the training had the item. Raises a `ValueError` if a feature is missing.
         """
-        raw = raw_columns(self.features["candidate"], features, len(item_ids))
-        return self.embed_raw(item_ids, raw)
-
-    def embed_raw(
-        self, item_ids: Sequence[Any], raw: Mapping[str, np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Embeds items as `embed_candidates`, by the arrays that `raw_columns` makes."""
-        answer = self.saved_model.signatures["embed_candidate"](
-            item_id=tf_tables.id_list(item_ids, self.item_dtype),
-            **as_inputs(raw_signature(self.features["candidate"]), raw),
-        )
-        return answer["embeddings"].numpy(), answer["is_known_item"].numpy()
+        read = self.features["candidate"]
+        return self.encoder.embed_items(item_ids, read, raw_columns(read, features, len(item_ids)))
 
     def knows(self, item_ids: Sequence[Any]) -> np.ndarray:
         """Returns which items the training had, [n] bool; histories ignore all others."""
@@ -288,14 +281,16 @@ class LoadedRetriever:
         What a version holds of the user stays. Raises as `record`, and a `ValueError` if the id is
         of another type than the model's, because nothing would be deleted.
         """
-        retrieval.check_ids([[user_id]], are_text=self.user_dtype == tf.string)
+        retrieval.check_ids([[user_id]], are_text=self.encoder.users_are_text)
         return Journal(self.live.folder).forget([user_id])[0]
 
     def checked_events(self, events: Sequence[Mapping[str, Any]]) -> list[Event]:
         """Reads events as `record` does, or raises its `ValueError`."""
-        users_are_text = self.user_dtype == tf.string
-        items_are_text = self.item_dtype == tf.string
-        return check_events(events, users_are_text=users_are_text, items_are_text=items_are_text)
+        return check_events(
+            events,
+            users_are_text=self.encoder.users_are_text,
+            items_are_text=self.encoder.items_are_text,
+        )
 
     def stored_history(self, user_id: Any) -> list[Any]:
         """Returns the history of a user until now, most recent first; [] for an unknown user."""
@@ -306,50 +301,32 @@ class LoadedRetriever:
 
     def disliked_items(self, user_ids: Sequence[Any]) -> list[list[Any]]:
         """Returns what each user disliked until now, in the training's log and in service."""
+        return [disliked for _, disliked in self._known_and_disliked(user_ids)]
+
+    def _known_and_disliked(self, user_ids: Sequence[Any]) -> list[tuple[list[Any], list[Any]]]:
         recent = {} if self.activity is None else self.activity.until_now(user_ids)
         return [
-            recent[line].disliked if line in recent else self.encoder.disliked(row)
+            (recent[line].known, recent[line].disliked)
+            if line in recent
+            else (self.encoder.known(row), self.encoder.disliked(row))
             for line, row in enumerate(self.encoder.user_rows(user_ids))
         ]
 
     def left_out(self, queries: Sequence[Query]) -> list[list[Any]]:
         """Returns what answers by history have to `exclude`, as answers by user id do themselves.
 
-        For each query, this is what its user disliked and, if `excludes_known`, its history. A user
-        whom the training did not have may have disliked items in service. What a user was only
-        shown is not included, even if the model was trained with `evaluation.exclude` "seen".
+        For each query, this is what its user disliked and, if `excludes_known`, its history; if the
+        model was trained with `evaluation.exclude` "seen", also what its user has seen. A user whom
+        the training did not have may have seen or disliked items in service.
         """
-        disliked = self.disliked_items([query.get("user_id") for query in queries])
+        users = self._known_and_disliked([query.get("user_id") for query in queries])
         return [
-            left_out(history_of(query), ids, excludes_known=self.excludes_known)
-            for query, ids in zip(queries, disliked, strict=True)
+            left_out_by_history(self._rule, history_of(query), *known_and_disliked)
+            for query, known_and_disliked in zip(queries, users, strict=True)
         ]
 
-    def parse_id(self, text: str, of: Literal["user", "item"] = "item") -> Any:
-        """Parses a typed id into the type of the model's ids, or raises a `ValueError`."""
-        if (self.user_dtype if of == "user" else self.item_dtype) == tf.string:
-            return text
-        try:
-            return int(text)
-        except ValueError:
-            raise ValueError(f"This model's {of} ids are integers. Received: {text!r}") from None
-
-    def parse_request(self, texts: Mapping[str, str]) -> dict[str, Any]:
-        """Parses typed request features, and the timestamp.
-
-        Commas separate lists; times are ISO 8601 with a time zone. Raises a `ValueError` if the
-        model does not read a feature, or a value is of the wrong kind.
-        """
-        known = {feature.name: feature for feature in self.features["request"]}
-        # After this check, only the timestamp can be absent from `known`.
-        retrieval.check_requests([texts], known)
-        return {name: known.get(name, Timestamp(name)).parse(text) for name, text in texts.items()}
-
-    def _embedded(self, queries: Sequence[Query], embed_name: str) -> dict[str, Any]:
-        """Embeds queries: those with features by one signature, the others by another."""
-        requests = [query.get("request") for query in queries]
-        known = [feature.name for feature in self.features["request"]]
-        retrieval.check_requests(requests, known, may_have_others=True)
+    def _embed_queries(self, queries: Sequence[Query]) -> dict[str, Any]:
+        """Embeds queries by their history, those with features by a signature of their own."""
         has_features = np.array([query.get("features") is not None for query in queries], bool)
         parts = []
         # Each signature is called once, because a call costs more than a query in it. An empty
@@ -357,73 +334,27 @@ class LoadedRetriever:
         for with_features in np.unique(has_features) if len(queries) else [False]:
             lines = np.flatnonzero(has_features == with_features).tolist()
             some = [queries[line] for line in lines]
-            inputs = self.raw_query_features(some) if with_features else {}
-            name = f"{embed_name}_with_features" if with_features else embed_name
-            function = self.saved_model.signatures[name]
-            inputs |= query_inputs(function, some)
-            inputs |= request_inputs(function, self.features, [requests[line] for line in lines])
-            arrays = {key: tensor.numpy() for key, tensor in inputs.items()}
+            name = "embed_query_with_features" if with_features else "embed_query"
+            arrays = self._arrays(name, some)
+            if with_features:
+                arrays |= feature_arrays(self.features["query"], some)
             parts.append((lines, self._embed(name, arrays)))
-        return _in_order(parts)
+        return join_lines(parts)
 
-    def _embed(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Embeds by a signature; what differs in length by query comes as a list for each."""
-        if name == "embed_user":
-            return self._embedded_users(inputs)
-        if name == signatures.SIMILAR:
-            return self._embedded_items(as_ids(inputs["item_id"].tolist()))
-        return self._asked(name, inputs)
+    def _arrays(self, name: str, queries: Sequence[Query]) -> dict[str, np.ndarray]:
+        """Makes the inputs of a signature, but for the features of users."""
+        requests = [query.get("request") for query in queries]
+        known = [feature.name for feature in self.features["request"]]
+        retrieval.check_requests(requests, known, may_have_others=True)
+        return query_arrays(self.signatures[name], self.features, queries)
 
-    def _asked(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        answer: dict[str, Any] = tf_tables.ask(self.saved_model.signatures[name], inputs)
-        for key in {"known_items", "repeated_items"} & answer.keys():
-            answer[key] = id_lists_of(answer[key])
-        if "bonuses" in answer:
-            answer["bonuses"] = [*answer["bonuses"]]
-        return answer
-
-    def _embedded_users(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Embeds users by what they did until now."""
-        users, recent = as_ids(inputs["user_id"].tolist()), {}
-        if self.activity is not None:
-            recent = self.activity.until_now(users)
-        stored = [line for line in range(len(users)) if line not in recent]
-        parts: list[tuple[list[int], dict[str, Any]]] = []
-        if stored or not users:  # By the history that the graph holds.
-            arrays = {name: array[stored] for name, array in inputs.items()}
-            part = self._asked("embed_user", arrays)
-            # Absent where the model excludes neither known nor disliked items.
-            part.setdefault("known_items", [[] for _ in stored])
-            parts.append((stored, part))
-        if recent:  # By the history until now.
-            queries = [
-                {"history": user.history, HISTORY_TIMESTAMPS: user.times}
-                for user in recent.values()
-            ]
-            arrays = {name: array[[*recent]] for name, array in inputs.items()}
-            signature = self.saved_model.signatures["embed_query"]
-            arrays |= history_arrays(signature_inputs(signature), queries)
-            part = self._asked("embed_query", arrays)
-            part["is_known_user"][:] = True
-            part["known_items"] = [user.excluded for user in recent.values()]
-            parts.append(([*recent], part))
-        return _in_order(parts)
-
-    def raw_query_features(self, queries: Sequence[Query]) -> dict[str, tf.Tensor]:
-        """Makes the inputs for the queries' features; a `ValueError` if one is unknown."""
-        read = self.features["query"]
-        names = [feature.name for feature in read]
-        if not names:
-            raise ValueError(
-                "The model reads no user features: remove `features` from the queries."
-            )
-        if unknown := {name for query in queries for name in query["features"]} - set(names):
-            raise ValueError(
-                f"The model reads no user feature {', '.join(map(repr, sorted(unknown)))}; known: "
-                f"{', '.join(names)}"
-            )
-        columns = {name: [query["features"].get(name) for query in queries] for name in names}
-        return as_inputs(raw_signature(read), raw_columns(read, columns, len(queries)))
+    def _embed(self, name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Embeds by the inputs of a signature: users by what they did until now."""
+        if name == "embed_user" and self.activity is not None:
+            return self.activity.embed(arrays)
+        if name == publish.SIMILAR:
+            return self._item_queries(as_ids(arrays["item_id"].tolist()))
+        return self.encoder.embed(name, arrays)
 
     def upsert(self, items: Sequence[Item]) -> int:
         """Adds items, or replaces those with the same ids, for all later queries.
@@ -500,14 +431,6 @@ class LoadedRetriever:
         live = {} if self._live is None else dict(self._live.titles)
         return titles | {id_: title for id_, title in live.items() if title is not None}
 
-    def _retrieved(
-        self, embed_name: str, queries: Sequence[Query], k: int, exclude: Excluded, allowed: Allowed
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Checks the arguments, embeds the queries, and searches."""
-        self._check_request(queries, k, exclude, allowed)
-        embedded = self._embedded(queries, embed_name)
-        return *self._searched(embedded, k, exclude, allowed), embedded["is_known_user"]
-
     def answer(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, exact: bool = False
     ) -> dict[str, np.ndarray]:
@@ -515,55 +438,49 @@ class LoadedRetriever:
 
         With `exact`, every candidate is scored. Raises an `UnknownItem` for `similar`.
         """
-        if signature == signatures.DEFAULT_SIGNATURE:
-            signature, users = "retrieve_user", inputs["user_id"]
-            request = {**inputs, "k": np.int32(signatures.DEFAULT_K)}
-            full = tf_tables.completed(self.signatures[signature], request, len(users))
-            inputs = {name: np.asarray(value) for name, value in full.items()}
         # TensorFlow only embeds: the SavedModel's own search knows neither filters nor live items.
-        embed_name = signatures.RETRIEVALS.get(signature.removesuffix(signatures.FILTERED))
+        embed_name = publish.RETRIEVALS.get(signature.removesuffix(publish.FILTERED))
         if embed_name is None:
-            return tf_tables.ask(self.saved_model.signatures[signature], inputs)
+            return self.encoder.call(signature, inputs)
         query = {name: x for name, x in inputs.items() if name not in ("exclude", "allowed", "k")}
-        embedded = self._embed(embed_name, query)
         exclude = id_lists_of(inputs["exclude"])
         allowed = id_lists_of(inputs["allowed"]) if "allowed" in inputs else None
-        ids, scores = self._searched(embedded, int(inputs["k"]), exclude, allowed, exact=exact)
-        # These are for the search alone; the SavedModel does not return them either.
-        not_answered = ("embeddings", "known_items", "repeated_items", "bonuses")
-        known = {name: values for name, values in embedded.items() if name not in not_answered}
-        return {"candidate_ids": ids, "scores": scores, **known}
+        embedded = self._embed(embed_name, query)
+        return self._search(embedded, int(inputs["k"]), exclude, allowed, exact=exact)
 
-    def _embedded_items(self, item_ids: Sequence[Any]) -> dict[str, Any]:
+    def _item_queries(self, item_ids: Sequence[Any]) -> dict[str, Any]:
         """Makes queries of items, which exclude the item itself."""
         vectors = self.candidates.vectors_of(item_ids)  # A copy.
         if self._has_bias:
             vectors[:, -1] = 1  # As in a query: the item's own bias does not count.
         return {"embeddings": vectors, "known_items": [[id_] for id_ in item_ids]}
 
-    def _searched(
+    def _search(
         self,
-        embedded: Mapping[str, Any],
+        embedded: dict[str, Any],
         k: int,
         exclude: Excluded,
         allowed: Allowed,
         *,
         exact: bool = False,
-    ) -> Retrieved:
-        if (lists := embedded.get("known_items")) is not None:
+    ) -> dict[str, np.ndarray]:
+        """Answers embedded queries: ids, scores, and what the encoder knew of each query."""
+        vectors, repeated = embedded.pop("embeddings"), embedded.pop("repeated_items", None)
+        if (lists := embedded.pop("known_items", None)) is not None:
             more = [()] * len(lists) if exclude is None else exclude
             exclude = [[*known_ids, *ids] for known_ids, ids in zip(lists, more, strict=True)]
         bonuses = None
-        if "bonuses" in embedded:
-            bonuses = zip(embedded["repeated_items"], embedded["bonuses"], strict=True)
-        return self.candidates.search(
-            embedded["embeddings"], k, exclude, allowed, exact=exact, bonuses=bonuses
+        if repeated is not None:
+            bonuses = zip(repeated, embedded.pop("bonuses"), strict=True)
+        ids, scores = self.candidates.search(
+            vectors, k, exclude, allowed, exact=exact, bonuses=bonuses
         )
+        return {"candidate_ids": ids, "scores": scores, **embedded}
 
     def _check_request(
         self, queries: Sequence[Query], k: int, exclude: Excluded, allowed: Allowed
     ) -> None:
-        retrieval.check_asked(queries, k, exclude, ids_are_text=self.item_dtype == tf.string)
+        retrieval.check_asked(queries, k, exclude, ids_are_text=self.encoder.items_are_text)
         if allowed is None:
             return
         if self.item_filter is None:
@@ -577,20 +494,6 @@ class LoadedRetriever:
             if to_text(value) not in known:
                 hint = suggest(str(value), known)
                 raise ValueError(f"No item has {value!r} as its {self.item_filter['name']}; {hint}")
-
-
-def _in_order(parts: Sequence[tuple[Sequence[int], Mapping[str, Any]]]) -> dict[str, Any]:
-    """Joins what was computed for some lines of a batch each, in the order of the lines."""
-    back = np.argsort(np.concatenate([lines for lines, _ in parts]))
-    joined: dict[str, Any] = {}
-    for name, first in parts[0][1].items():
-        values = [part[name] for _, part in parts]
-        if isinstance(first, np.ndarray):
-            joined[name] = np.concatenate(values)[back]
-        else:  # A list for each line, of any length.
-            lists = [*itertools.chain.from_iterable(values)]
-            joined[name] = [lists[line] for line in back]
-    return joined
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import tensorflow as tf
 from tfrs_pipeline.features.encoding import raw_signature
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model import tf_tables
-from tfrs_pipeline.model.encoder import Encoder, query_inputs
-from tfrs_pipeline.model.tf_tables import ask, completed
+from tfrs_pipeline.model.encoder import EMBEDDINGS, Encoder, query_arrays
+from tfrs_pipeline.model.tf_tables import as_tensors, completed, signature_inputs
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.serving.graph_index import (
     ExactIndex,
@@ -23,10 +23,8 @@ from tfrs_pipeline.serving.graph_index import (
     load_scann_ops,
     search_with_bonuses,
 )
+from tfrs_pipeline.serving.publish import DEFAULT_K, DEFAULT_SIGNATURE, RETRIEVALS, SIMILAR
 from tfrs_pipeline.serving.searcher import Searcher, in_fresh_process
-from tfrs_pipeline.serving.signatures import DEFAULT_K, DEFAULT_SIGNATURE, RETRIEVALS, SIMILAR
-
-_EMBEDDINGS = ("embed_user", "embed_query", "embed_query_with_features", "embed_candidate")
 
 
 class RetrievalModule(tf.Module):
@@ -69,11 +67,11 @@ class RetrievalModule(tf.Module):
         # How queries become embeddings, and the inputs for it, by the name in RETRIEVALS.
         embeds: dict[str, Callable[..., Any]] = {SIMILAR: self._item_queries}
         inputs = {SIMILAR: [item_id]}
-        for name in _EMBEDDINGS:
+        for name in EMBEDDINGS:
             # An encoder lacks the functions that its model does not support.
             if (function := getattr(self.encoder, name, None)) is not None:
                 embeds[name] = functools.partial(_embedded, function)
-                inputs[name] = [*tf_tables.signature_inputs(function).values()]
+                inputs[name] = [*signature_inputs(function).values()]
                 self._export(name, embeds[name], inputs[name])
         for name, embed_name in RETRIEVALS.items():
             if embed_name in embeds:
@@ -83,9 +81,9 @@ class RetrievalModule(tf.Module):
             self._export(DEFAULT_SIGNATURE, self._answer_default, inputs["embed_user"][:1])
 
     def _answer_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
-        # Request features and times are missing: this signature takes a user id alone.
+        # Request features and times are missing.
         known = {"user_id": user_id, "k": tf.constant(DEFAULT_K)}
-        specs = tf_tables.signature_inputs(self.retrieve_user)
+        specs = signature_inputs(self.retrieve_user)
         return tf_tables.call(self.retrieve_user, completed(specs, known, tf.shape(user_id)[0]))
 
     def _answer(
@@ -154,7 +152,7 @@ def prove(
     """Checks that a fresh process can load each folder and answers like its module in memory.
 
     The probes are `queries` and `item_ids`. Each of `features` has a value that it knows, so that
-    lookups are checked too; the timestamp is missing. Exact modules must come first: the process
+    lookups are checked too. Exact modules must come first: the process
     then shows that they load without ScaNN's operation.
     """
     item_examples = _examples(features.get("candidate", ()), len(item_ids))
@@ -165,11 +163,12 @@ def prove(
     for folder, module in modules.items():
         expected: _Expected = {}
         for name, function in module.exported.items():
-            specs = tf_tables.signature_inputs(function)
+            specs = signature_inputs(function)
             if (item_id := specs.get("item_id")) is not None:
                 known = {**item_examples, "item_id": tf.constant(item_ids, item_id.dtype)}
             else:
-                known = {**query_examples, **query_inputs(function, queries)}
+                arrays = query_arrays(specs, features, queries)
+                known = {**as_tensors(specs, arrays), **query_examples}
             num_rows = len(queries) if item_id is None else len(item_ids)
             inputs = completed(specs, {**known, "k": tf.constant(10)}, num_rows)
             expected[name] = _arrays(inputs), _arrays(tf_tables.call(function, inputs))
@@ -240,6 +239,8 @@ def answer_probes() -> str | None:
             load_scann_ops()
         loaded = tf.saved_model.load(folder)
         for name, (inputs, outputs) in expected.items():
-            if problem := difference(outputs, ask(loaded.signatures[name], inputs)):
+            signature = loaded.signatures[name]
+            tensors = as_tensors(signature_inputs(signature), inputs)
+            if problem := difference(outputs, _arrays(signature(**tensors))):
                 problems.append(f"{folder}: {name}: {problem}")
     return "\n".join(problems) or None

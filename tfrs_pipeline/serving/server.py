@@ -42,7 +42,7 @@ except ImportError as missing:
     ) from missing
 
 from tfrs_pipeline.durable import try_writing
-from tfrs_pipeline.model.tf_tables import as_ids, id_lists
+from tfrs_pipeline.model.tf_tables import as_ids, id_rows
 from tfrs_pipeline.serving import page, rest
 from tfrs_pipeline.serving.counters import LIVE_UNKNOWN_VALUES, UNRECORDED, count_answers
 from tfrs_pipeline.serving.settings import Lately, ServeSettings, listening, read_token
@@ -138,10 +138,12 @@ class ModelServer:
         lately = call.exclude_served or self._lately
         if not (lately.answers or lately.hours):
             return call
-        if "user_id" not in call.inputs:
+        # Signatures that only embed have a user, and nothing to exclude from.
+        if missing := {"user_id", "exclude"} - call.inputs.keys():
             if call.exclude_served is None:
                 return call
-            raise rest.bad_request(f"exclude_served: {call.signature!r} has no input 'user_id'.")
+            name = max(missing)
+            raise rest.bad_request(f"exclude_served: {call.signature!r} has no input {name!r}.")
         if self.settings.record_share < 1:
             raise rest.bad_request(
                 "exclude_served: this server does not record all its answers. Start it with "
@@ -149,12 +151,12 @@ class ModelServer:
             )
         users = as_ids(call.inputs["user_id"].tolist())
         lists = await _run(self.threads, self.recorder.served_lately, users, lately)
-        are_text = version.retriever.candidates.corpus.are_text
+        encoder = version.retriever.encoder
         # An earlier model of this name may have had ids of the other type.
+        are_text = encoder.items_are_text
         lists = [[id_ for id_ in ids if isinstance(id_, str) == are_text] for ids in lists]
-        served = id_lists(lists, version.retriever.item_dtype).numpy()
-        given = call.inputs.get("exclude", served[:, :0])
-        exclude = np.concatenate([given, served], axis=1)
+        served = id_rows(lists, encoder.item_dtype)
+        exclude = np.concatenate([call.inputs["exclude"], served], axis=1)
         return call._replace(inputs=call.inputs | {"exclude": exclude})
 
     def _keep(self, request_id: str, number: int, users: np.ndarray, items: np.ndarray) -> None:
@@ -263,7 +265,8 @@ def _model_routes(server: ModelServer) -> list[Route]:
     async def user(request: Request) -> Response:
         server.authorize(request.headers.get("authorization", ""))
         with versions.use() as version, rest.refusing():
-            user_id = version.retriever.parse_id(request.path_params["user_id"], "user")
+            encoder = version.retriever.encoder
+            user_id = encoder.parse_id(request.path_params["user_id"], "user")
         # A deletion that fails may leave copies of deleted rows in the file.
         with confirming("deletion", "so delete the user again"):
             num_deleted = await asyncio.wrap_future(server.recorder.forget(user_id))

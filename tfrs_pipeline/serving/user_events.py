@@ -147,12 +147,6 @@ class Answer(NamedTuple):
                 request_id = self.request_id if is_single else f"{self.request_id}.{number}"
                 yield request_id, _as_text(user_id), items
 
-    def rows(self) -> Iterator[tuple[Any, ...]]:
-        """Yields a row of `served` for each query of a user with an id."""
-        for request_id, user_id, items in self.by_query():
-            ids = json.dumps(_filled(items))
-            yield request_id, user_id, self.time, self.version, ids
-
 
 def _as_text(id_: Any) -> Any:
     return id_.decode(errors="replace") if isinstance(id_, bytes) else id_
@@ -178,7 +172,11 @@ class Journal(Database):
         with self.writing() as connection:
             # Fails in files of earlier versions, which have no such table.
             connection.execute("SELECT id FROM event_ids LIMIT 0")
-            served = itertools.chain.from_iterable(answer.rows() for answer in answers)
+            served = (
+                (request_id, user_id, answer.time, answer.version, json.dumps(_filled(items)))
+                for answer in answers
+                for request_id, user_id, items in answer.by_query()
+            )
             connection.executemany("INSERT OR IGNORE INTO served VALUES (?, ?, ?, ?, ?)", served)
             # Microseconds: fewer than a million events a second arrive.
             arrivals = itertools.count(time.time_ns() // 1000)

@@ -23,11 +23,16 @@ from tfrs_pipeline.model.tf_tables import completed
 from tfrs_pipeline.serving.candidates import UnknownItem
 from tfrs_pipeline.serving.connections import BUCKETS_SECONDS
 from tfrs_pipeline.serving.database import Replaced
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, no_model_at, versions_of
+from tfrs_pipeline.serving.publish import (
+    DEFAULT_SIGNATURE,
+    FILTERED,
+    MANIFEST_FILE,
+    no_model_at,
+    versions_of,
+)
 from tfrs_pipeline.serving.rest import SignatureInputs, bad_request
 from tfrs_pipeline.serving.retriever import load
 from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.serving.signatures import FILTERED
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +88,9 @@ class ServedVersion:
             exclude = definition["inputs"]["exclude"]
             definition["inputs"]["allowed"] = {**exclude, "dtype": "DT_STRING", "name": ""}
             self.signature_def[name] = definition
-        specs = self.retriever.signatures
+        specs = self.retriever.signatures.copy()
+        if "retrieve_user" in specs:
+            specs[DEFAULT_SIGNATURE] = {"user_id": specs["retrieve_user"]["user_id"]}
         names = self.retriever.manifest["feature_inputs"]
         self.signatures = {}
         for signature, inputs in specs.items():
@@ -97,7 +104,7 @@ class ServedVersion:
             optional = names["request"].values() if "request" in sides else ()
             self.signatures[signature] = SignatureInputs(inputs, settings, features, optional)
         # The first call is slow, and would fail for a broken model.
-        for name, inputs in specs.items():
+        for name, inputs in self.retriever.signatures.items():
             example = completed(inputs, {}, 1)
             with contextlib.suppress(HTTPException):  # `similar` refuses the missing item.
                 self.call(name, {name: np.asarray(value) for name, value in example.items()})

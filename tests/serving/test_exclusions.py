@@ -1,4 +1,4 @@
-"""What users disliked, in the log or in service, is never answered to them."""
+"""What users disliked is never answered to them, and what they know as the rule says."""
 
 import dataclasses
 import json
@@ -15,13 +15,12 @@ from tests.serving.conftest import make_served
 from tests.serving.running_server import Running, retrieve_user
 from tests.serving.test_user_events import by_history, by_user, event
 from tfrs_pipeline import Exact, LoadedRetriever, export, load, recommend
-from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.model.encoder import Encoder
+from tfrs_pipeline.model.exclusions import rule_of_version
 from tfrs_pipeline.model.repeats import RepeatBonus
-from tfrs_pipeline.model.tf_tables import as_ids, id_list, id_lists
+from tfrs_pipeline.model.tf_tables import as_ids
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.serving.graph_index import ExactIndex
-from tfrs_pipeline.serving.publish import MANIFEST_FILE
 from tfrs_pipeline.serving.saved_model import RetrievalModule
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
@@ -67,7 +66,10 @@ def asked_in_all_ways(
 ) -> dict[str, list[Any]]:
     """Asks in every way for all items that a user may be shown: their ids, best first, by way."""
     folder = retriever.folder.parent
-    users, exclude = id_list([user], retriever.user_dtype), id_lists([[]], retriever.item_dtype)
+    users, exclude = (
+        tf.constant([user], retriever.user_dtype),
+        tf.zeros([1, 0], retriever.item_dtype),
+    )
     query = {"user_id": user, "history": history}
     left_out = retriever.left_out([query])
     lists = {
@@ -113,13 +115,9 @@ def test_all_ways_of_asking_leave_out_the_same(
         served.exportable(),
         disliked=RowLists.from_lists([disliked[: 5 * (row == ROW)] for row in range(7)]),
         repeat_bonus=bonus,
-        excludes_known=exclude != "none",
+        exclude=exclude,
     )
     folder = export(model, tmp_path / "films", index=Exact())
-    # As a run writes it.
-    config = {"config": {"evaluation": {"exclude": exclude}}}
-    path = folder / MANIFEST_FILE
-    write_record(path, read_record(path) | config, [folder / "saved_model.pb"])
     index = ExactIndex(served.model.embed_corpus())
     asked = load(folder), RetrievalModule(Encoder(model), index, served.candidate_ids), user
     gone = {*served.candidate_ids[disliked - 1]}
@@ -138,15 +136,13 @@ def test_all_ways_of_asking_leave_out_the_same(
     answers = asked_in_all_ways(*asked, known[1:], command)
     del answers["in memory"], answers["SavedModel"]  # They know no events.
     for way, answer in answers.items():
-        # A query by history brings what was shown itself.
-        leaves_out_shown = exclude == "seen" and "history" not in way
-        assert {*answer} == items - gone - ({shown} if leaves_out_shown else set()), way
+        assert {*answer} == items - gone - ({shown} if exclude == "seen" else set()), way
         assert answer == [id_ for id_ in answers["by history"] if id_ in {*answer}], way
 
 
 def test_clicks_since_the_training_come_back_where_known_items_do(tmp_path: Path) -> None:
     served = make_served("int")
-    model = dataclasses.replace(served.exportable(), excludes_known=False)
+    model = dataclasses.replace(served.exportable(), exclude="none")
     export(model, tmp_path / "films", index=Exact())
     retriever, user, known = load(tmp_path / "films"), served.query_ids[ROW - 1], served.known(ROW)
     clicked, disliked = (id_ for id_ in served.candidate_ids[-5:].tolist()[:2])
@@ -161,3 +157,20 @@ def test_an_export_without_dislikes_is_as_it_was(int_folder: Path) -> None:
     encoder = retriever.saved_model.encoder
     assert getattr(encoder, "_disliked", None) is None
     assert retriever.disliked_items([100, 5]) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "has_bonus", "rule"),
+    [
+        ({"exclude": "seen", "config": {"evaluation": {"exclude": "clicked"}}}, False, "seen"),
+        ({"exclude": "none"}, True, "none"),
+        # As earlier releases wrote them.
+        ({"excludes_known": True, "config": {"evaluation": {"exclude": "seen"}}}, False, "seen"),
+        ({"excludes_known": False, "config": {"evaluation": {"exclude": "seen"}}}, False, "none"),
+        ({"excludes_known": True}, False, "clicked"),
+        ({}, False, "clicked"),
+        ({}, True, "none"),
+    ],
+)
+def test_the_rule_of_a_version(manifest: dict[str, Any], has_bonus: bool, rule: str) -> None:
+    assert rule_of_version(manifest, has_bonus=has_bonus) == rule
