@@ -45,7 +45,10 @@ def test_paths_that_are_refused(tmp_path: Path) -> None:
     refuses(tmp_path, r"b\.csv has another header than a\.csv")
     (tmp_path / "b.csv").rename(tmp_path / "b.parquet")
     (tmp_path / "c.csv").write_text("user_id,item_id\n1,2\n")
-    refuses(tmp_path, r"of one kind: .*It holds 3 files, 1 of another kind: b\.parquet\.")
+    refuses(
+        tmp_path,
+        r"of one kind: .*It holds 3 files, 1 of another kind: b\.parquet\. DuckDB converts",
+    )
     refuses(tmp_path / "b.parquet", r"b\.parquet cannot be read")
 
 

@@ -251,7 +251,8 @@ def test_a_deleted_user_is_gone_from_the_file(tmp_path: Path) -> None:
     assert [user for user in deleted if user.encode() in content] == []
     assert reader.of_users(deleted) == {}
     assert len(reader.of_users(users)) > 300
-    assert journal.forget([10**30, users[1], users[1]])[::2] == [0, 0]
+    # An id with spaces around it is that of the user whose events were recorded without them.
+    assert journal.forget([10**30, f" {users[1]} ", users[1]])[::2] == [0, 0]
     assert reader.of_users(users[1:2]) == {}
 
 

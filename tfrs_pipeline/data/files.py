@@ -24,7 +24,7 @@ from tfrs_pipeline.data.engines import check_stored
 from tfrs_pipeline.data.raw_table import RawTable
 from tfrs_pipeline.data.rules import LINES_REMEDY
 from tfrs_pipeline.data.schema import DataError, Dropped, Source, check_exists, count_rows, denied
-from tfrs_pipeline.messages import printable, sentence
+from tfrs_pipeline.messages import counted, printable, sentence
 
 _LONGEST_HEADER = 1 << 20
 # DuckDB silently drops a line longer than its buffer of 32 MB. Such a line fills at least one of
@@ -305,7 +305,8 @@ def _list_files(path: Path) -> tuple[list[Path], bool]:
         names = f", {len(odd)} of another kind: {listed}" if odd else ""
         raise DataError(
             f"{path} must be, or hold, files of one kind: {', '.join(_CSV_SUFFIXES)}, or .parquet. "
-            f"It holds {len(paths)} files{names}."
+            f"It holds {counted(len(paths), 'file')}{names}. DuckDB converts JSON: COPY (FROM "
+            "'clicks.jsonl') TO 'clicks.parquet'."
         )
     return paths, usual is csv
 

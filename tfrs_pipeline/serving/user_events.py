@@ -250,7 +250,7 @@ class Journal(Database):
         """
         counts = []
         with self.writing() as connection:
-            for id_ in map(_plain, user_ids):
+            for id_ in map(_stripped, user_ids):
                 counts.append(0)
                 with contextlib.suppress(OverflowError):  # No row has an id beyond 64 bits.
                     for table in ("events", "served"):
@@ -486,6 +486,13 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _stripped(id_: Any) -> Any:
+    """Returns an id as it is recorded: without spaces around it."""
+    id_ = _plain(id_)
+    # As a log is read: other spaces, such as the no-break space, are part of an id.
+    return id_.strip(string.whitespace) if isinstance(id_, str) else id_
+
+
 def id_hash(event_id: str) -> int:
     """Returns a hash of a client's event id, 64 bits with a sign: BLAKE2b.
 
@@ -518,9 +525,7 @@ def _type(value: Any) -> str:
 
 
 def _id(value: Any) -> Any:
-    value = _plain(value)
-    # As a log is read: other spaces, such as the no-break space, are part of an id.
-    value = value.strip(string.whitespace) if isinstance(value, str) else value
+    value = _stripped(value)
     if value in ("", -1, *NO_ID):
         raise ValueError("is not an id")
     return value
