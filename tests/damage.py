@@ -1,10 +1,8 @@
-"""What bad and full disks do to files, kills to a program, and a person to a database."""
+"""What bad and full disks do to files, and a person to a database."""
 
 import contextlib
 import resource
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,19 +36,3 @@ def largest_file(num_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def killed_after(program: str, folder: Path, last: int) -> int:
-    """Runs a program that prints 0, 1, ... once each is written to a folder; kills it after `last`.
-
-    Returns the last number that it printed: that of the last confirmed write.
-    """
-    command = [sys.executable, "-c", program, str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-        assert writer.stdout is not None
-        for line in writer.stdout:
-            if int(line) == last:
-                writer.kill()
-                break
-        confirmed = [int(line) for line in writer.stdout if line.endswith("\n")]
-    return max(confirmed, default=last)

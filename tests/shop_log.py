@@ -1,4 +1,4 @@
-"""A generated shop: events, items and customers as three CSV files, the same bytes for a seed.
+"""A generated shop: events and items as two CSV files, the same bytes for a seed.
 
 Each customer likes a few categories, for years. A visit is about one of them, sometimes two, and
 within a category about one style. So the last items of a history tell what this visit is about, and
@@ -33,7 +33,7 @@ def write_shop(
     seed: int = 0,
     until_day: int | None = None,
 ) -> None:
-    """Writes events.csv (ordered by time), items.csv and customers.csv into a folder.
+    """Writes events.csv (ordered by time) and items.csv into a folder.
 
     `until_day` leaves out the events from that day on (the first day is 0), as a log that is not
     there yet: the files for 58, 59 and 60 are those of three nights, each the start of the next.
@@ -49,7 +49,6 @@ def write_shop(
         row["event_time"] = row["event_time"].isoformat().replace("+00:00", "Z")
     _write(folder / "events.csv", written)
     _write(folder / "items.csv", items.rows)
-    _write(folder / "customers.csv", _customers(rng, num_users))
 
 
 class _Items:
@@ -160,16 +159,6 @@ def _visit(
             elif draw < _BOUGHT + _REMOVED:
                 add(item, "remove_from_cart", in_cart + 30 + rng.exponential(100))
     return rows
-
-
-def _customers(rng: np.random.Generator, num_users: int) -> list[dict[str, Any]]:
-    countries, bands = ("DE", "AT", "CH", "FR"), ("18-29", "30-44", "45-59", "60+")
-    country = rng.choice(countries, num_users, p=(0.6, 0.2, 0.12, 0.08))
-    band = rng.choice(bands, num_users)
-    return [
-        {"customer_id": f"C{user + 1:05d}", "country": country[user], "age_band": band[user]}
-        for user in range(num_users)
-    ]
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -572,7 +572,6 @@ def test_a_check_reads_as_a_run_and_keeps_nothing(command: Any, run: Run, tmp_pa
 @pytest.mark.parametrize(("flags", "message"), [
     (["--model.hard", "funnel:stages=ranked"], "none of .* positives has one"),
     (["--training.warmup_steps", "1000", "--training.decay", "cosine"], "of 1000 steps leaves"),
-    (["--warm-start", "{folder}/{run}", "--model.dim", "5"], "model.dim: "),
     (["--warm-start", "{folder}/{run}", "--data.item_features", "genre=categorical"],
      "data.item_features: got genre=categorical, where the model to start from has title=text"),
 ], ids=lambda value: str(value)[:40])  # fmt: skip

@@ -60,10 +60,9 @@ def test_keras_2_is_asked_for(code: str, environment: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("code", [
     STAND_IN + USED.format("keras.engine.training"),
-    "import tensorflow as tf; tf.keras.layers; import tfrs_pipeline",
-    pytest.param(
-        "from tensorflow.keras.layers import Dense; import tfrs_pipeline", marks=pytest.mark.nightly
-    ),
+    *(pytest.param(f"{code}; import tfrs_pipeline", marks=pytest.mark.nightly) for code in (
+        "import tensorflow as tf; tf.keras.layers", "from tensorflow.keras.layers import Dense"
+    )),
 ], ids=["an older Keras", "Keras 3 in use", "a submodule in use"])  # fmt: skip
 def test_another_keras_in_use_is_refused(code: str) -> None:
     result = run(code)

@@ -4,7 +4,6 @@ The mean estimate over draws equals the sum over the corpus, within sampling err
 negatives, with and without hard negatives and resampling.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,6 @@ import tensorflow as tf
 import tfrs_pipeline as tp
 from tests import small_batches
 from tests.small_batches import BATCH_SIZE, NUM_CANDIDATES, NUM_SAMPLES, SAMPLE_OF, SAMPLES
-from tfrs_pipeline.negatives import log_q
 from tfrs_pipeline.samples.store import resampling_rate
 
 NUM_EPOCHS = 300
@@ -110,22 +108,3 @@ def test_mean_denominator_is_the_exact_one(name: str, hard_share: float, exponen
     squares = np.bincount(samples.ravel(), relative.ravel() ** 2) / num
     z_scores = (mean - 1) / np.sqrt((squares - mean**2) / num)
     assert np.abs(z_scores).max() < 5
-
-
-def test_one_probability_for_all_columns_is_far_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Libraries that know one sampler correct like this: the test above would notice it."""
-
-    @dataclasses.dataclass(frozen=True)
-    class AsInBatch(tp.Uniform):
-        def expected_count(self, frame: tp.SamplingFrame) -> np.ndarray:
-            q = frame.q_positive
-            is_item = np.arange(len(q)) > 0
-            return np.where(q > 0, self.num * q, is_item)
-
-    negatives: list[tp.Negatives] = [tp.InBatch(), AsInBatch(20)]
-    with pytest.raises(ValueError, match="its log_q would be wrong"):
-        small_batches.make_batches(negatives=negatives)
-    monkeypatch.setattr(log_q, "_check_draws", lambda *arguments: None)
-    samples, sums = denominators(small_batches.make_batches(negatives=negatives), 50)
-    expected = np.array([exact(i, 0.0, np.ones(NUM_CANDIDATES + 1)) for i in range(NUM_SAMPLES)])
-    assert abs((sums / expected[samples]).mean() - 1) > 0.2

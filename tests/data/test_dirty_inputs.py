@@ -28,7 +28,7 @@ def load(more: dict[str, list[Any]] | None = None, **options: Any) -> Log:
 # A clean log, which each test makes dirty; a distinct second for each event.
 NUM_ROWS, START, UNITS = 200, 1_672_617_600, {"s": 1, "ms": 1_000, "us": 1_000_000}
 TEXT, TYPED = ("csv", "csv.gz"), ("parquet", "pandas")
-FILES, FORMS = (*TEXT, "parquet"), (*TEXT, *TYPED)
+FORMS = (*TEXT, *TYPED)
 NAN, INF, LONG = float("nan"), float("inf"), "x" * 100_000 + "\x1b[2J"
 Table = dict[str, list[Any]]
 Row = tuple[str, str, int | None, str, float]
@@ -212,19 +212,12 @@ def test_what_looks_odd_is_read_as_it_is(tmp_path: Path, form: str) -> None:
 MATCHES = {"log[1]": "log1", "a*b": "axb", "who?": "whom", "[a-z]": "q", "{a,b}": "a"}
 
 
-def test_a_name_is_no_pattern_and_a_folder_is_its_files(tmp_path: Path) -> None:
+def test_a_name_is_no_pattern(tmp_path: Path) -> None:
     table, rows = clean()
     for name, other in MATCHES.items():
         (tmp_path / f"{other}.csv").write_bytes(as_csv({column: [9] for column in table}))
         (tmp_path / f"{name}.csv").write_bytes(as_csv(table))
         assert rows_of(Log.from_files(tmp_path / f"{name}.csv")) == rows
-    for form in FILES:
-        folder = tmp_path / form
-        folder.mkdir()
-        for i in range(3):
-            part = {name: cells[70 * i : 70 * i + 70] for name, cells in table.items()}
-            (folder / f"part-{i}.{form}").write_bytes(content(part, form))
-        assert rows_of(Log.from_files(folder)) == rows
 
 
 @pytest.mark.parametrize("form", ["csv", "pandas"])

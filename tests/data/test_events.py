@@ -66,10 +66,7 @@ def test_ids_in_csv_are_integers_if_all_are(load: Any, ids: list[str], expected:
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        (
-            ["x9", " x9 "],
-            "2 of 20 rows with a value hold no integer, such as 'x9' in row 19, so all ids in it",
-        ),
+        (["x9", " x9 "], "2 of 20 rows with a value hold no integer, such as 'x9' in row 19, so"),
         ([], None),
         (["a", "b", "c"], None),  # A column with so many texts holds texts.
     ],
@@ -251,7 +248,7 @@ def test_an_outcome_without_any_value_in_a_file_or_in_memory_happened_to_nobody(
         (
             pa.table({"user_id": [1], "item_id": [2], "timestamp": [True]}),
             {},
-            "'timestamp' must be a timestamp",
+            "must be a timestamp",
         ),
     ],
 )

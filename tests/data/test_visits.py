@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.small_log import column
-from tfrs_pipeline import DataError, Log, Reading
+from tfrs_pipeline import Log, Reading
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.schema import Ties
 from tfrs_pipeline.samples.build import build_samples
@@ -281,11 +281,3 @@ def test_equal_times_that_empty_histories_are_told(is_last: bool) -> None:
     assert same == told
     ordered = Log.from_table(table, reading=Reading(ties="order"))
     assert not [line for line in ordered.describe() if line.startswith("warning: ")]
-
-
-def test_a_type_that_is_misspelled_is_still_refused() -> None:
-    with pytest.raises(DataError, match="did you mean 'cart'"):
-        Log.from_table(
-            pd.DataFrame({"user_id": [1], "item_id": [1], "event": ["cart"]}),
-            reading=Reading(event_weights={"carts": 3}),
-        )

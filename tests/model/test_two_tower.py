@@ -226,20 +226,29 @@ def test_a_folder_is_refused_to_another_training(log: Log, tmp_path: Path) -> No
         tiny(training=training).fit(other.train, **warm)
 
 
-@pytest.mark.usefixtures("in_eager_steps")
+@pytest.mark.usefixtures("in_eager_steps", "trusted_exports", "few_signatures")
 def test_users_without_a_positive_are_answered_as_unknown_ones(tmp_path: Path) -> None:
     """Users who occur only in the test or in exposures have a row that nothing has trained."""
     rows = [(user, item, "clicked") for user in range(1, 9) for item in range(user, user + 4)]
-    rows += [(user, 3, "exposed") for user in (20, 21)]
+    rows += [(user, 3, "exposed") for user in (0, 20)]
     log = Log.from_table(pd.DataFrame(rows, columns=["user_id", "item_id", "stage"]))
     model = tiny(use_user_id=True, training={"max_epochs": 1, "batch_size": 8}).fit(log)
-    found = model.query_embeddings([{"user_id": user} for user in (99, 20, 21, 1, 2)])
+    users = [{"user_id": user} for user in (99, 0, 20, 1, 2)]
+    found = model.query_embeddings(users)
     np.testing.assert_array_equal(found[1:3], found[[0, 0]])
     assert np.abs(found[3:] - found[0]).max(axis=1).min() > 1e-3
     # If a query has a history, the history decides.
     by_history = model.query_embeddings([{"user_id": u, "history": [4]} for u in (20, 99)])
     np.testing.assert_array_equal(by_history[0], by_history[1])
     assert np.abs(by_history[0] - found[0]).max() > 1e-3
+    # So does an export; it needs user data, although the first user has no embedding.
+    loaded = tp.load(tp.export(model, tmp_path / "m", index=tp.Exact()))
+    asked: list[Any] = [{**user, "history": [4]} for user in users]
+    found = model.query_embeddings(asked)
+    assert np.abs(found[3] - found[0]).max() > 1e-3
+    np.testing.assert_allclose(loaded.embed_queries(asked), found, atol=1e-5)
+    with pytest.raises(ValueError, match="use_user_id=False"):
+        tp.export(model, tmp_path / "left_out", user_data=False)
 
 
 @pytest.mark.usefixtures("in_eager_steps")

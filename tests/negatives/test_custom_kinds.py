@@ -19,13 +19,11 @@ from tfrs_pipeline.negatives.samplers import SETTING_KINDS, Pool
 from tfrs_pipeline.samples.store import RowLists
 
 F, NUM, STEPS = 0.3, 3, 200
-# The small batches' items are in four categories; nobody's positives are in the last one's lists.
-CATEGORIES = np.arange(small.NUM_CANDIDATES + 1) % 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SameCategory:
-    """Other items of the positive's category, from a rule; those of category 3 have none."""
+    """Other items of the positive's category; those of category 3 have none."""
 
     categories: np.ndarray
     share: float = F
@@ -80,71 +78,6 @@ class Newest:
 
 
 FILE = Listed(tuple(tuple(range(1 + user % 9, 40, 1 + user % 7)) for user in range(21)))
-RULE = SameCategory(CATEGORIES)
-LATER = np.arange(small.NUM_CANDIDATES + 1) > 36
-KINDS: dict[str, Any] = {"rule": RULE, "file": FILE}
-
-
-def allowed(kind: Any, samples: tp.Samples) -> list[list[list[int]]]:
-    """Returns the candidates of each sample in each pool, by a loop."""
-    by_sample = []
-    for query, positive in zip(samples.query_rows, samples.candidate_rows, strict=True):
-        never = {*small.forbidden(samples, query), positive}
-        if samples.is_later is not None:
-            never |= {*np.flatnonzero(samples.is_later)}
-        if kind is RULE:
-            pools = [[c for c in range(1, 41) if c % 4 == positive % 4 != 3]]
-        else:
-            rows = FILE.by_user[query]
-            pools = [[c for c in rows if c % 2 == 0], [c for c in rows if c % 2 == 1]]
-        by_sample.append([[c for c in pool if c not in never] for pool in pools])
-    return by_sample
-
-
-@pytest.mark.parametrize(
-    ("name", "later", "order"),
-    [("rule", None, "single"), ("rule", LATER, "sequences"), ("file", LATER, "single")],
-)
-def test_own_hard_negatives_are_drawn_masked_and_corrected(
-    name: str, later: Any, order: str
-) -> None:
-    """Each candidate of a row comes as often as the others, and log_q is that of the formula."""
-    kind, samples = KINDS[name], dataclasses.replace(small.SAMPLES, is_later=later)
-    batches = small.make_batches(order, samples, [tp.Uniform(9)], hard=kind)
-    pools, num_visits = allowed(kind, samples), Counter[int]()
-    drawn = [[Counter[int]() for _ in sample_pools] for sample_pools in pools]
-    possible, cases = small.NUM_CANDIDATES - 4 * (later is not None), Counter[int]()
-    for batch in small.batch_list(batches, STEPS):
-        for i, sample in enumerate(small.samples_of(batch)):
-            num_visits[sample] += 1
-            left = [bool(pool) for pool in pools[sample]]
-            cases[sum(left)] += 1
-            f = F if any(left) else 0.0
-            assert batch.hard.share[i] == pytest.approx(f)
-            easy = np.log(9 / small.NUM_CANDIDATES / (1 - f))
-            np.testing.assert_allclose(batch.log_q[i], easy, rtol=1e-4, atol=1e-5)
-            for p, pool in enumerate(pools[sample]):
-                columns = slice(NUM * p, NUM * (p + 1))
-                assert batch.hard.is_counted[i, columns].tolist() == [bool(pool)] * NUM
-                if pool:
-                    rows = batch.hard.candidate_row[i, columns].tolist()
-                    assert {*rows} <= {*pool}
-                    drawn[sample][p].update(rows)
-                    expected = np.log(NUM / (possible * F / sum(left)))
-                    np.testing.assert_allclose(batch.hard.log_q[i, columns], expected, rtol=1e-5)
-    assert cases[0] > 0 or name == "file"  # The rule gives some positives no hard negative.
-    # A visit draws each candidate NUM / size times in expectation, and visits are independent. A
-    # candidate's copies in a visit are all but a multiple, so their variance is at most binomial.
-    z_scores = []
-    for sample, pool_counts in enumerate(drawn):
-        for pool, counts in zip(pools[sample], pool_counts, strict=True):
-            for candidate in pool:
-                rate = NUM / len(pool)
-                variance = num_visits[sample] * (rate % 1) * (1 - rate % 1)
-                excess = counts[candidate] - num_visits[sample] * rate
-                z_scores.append(excess / variance**0.5 if variance else excess)
-    assert len(z_scores) > 500
-    assert np.abs(z_scores).max() < 5.5
 
 
 # What the guide's two kinds read: items without a row or a category, and ids that the log lacks.
@@ -167,8 +100,10 @@ def kinds_of_the_guide() -> dict[str, Any]:
     return {"category": names["SameCategory"](items), "listed": names["Listed"](listed)}
 
 
-@pytest.mark.parametrize("name", ["category", "listed"])
-def test_the_guides_kinds_are_drawn_masked_and_corrected(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "order"), [("category", "sequences"), ("listed", "single")])
+def test_the_guides_kinds_are_drawn_masked_and_corrected(
+    name: str, order: str, tmp_path: Path
+) -> None:
     """By ids, in plain Python: what each positive may draw, how often, and with which log_q."""
     rng = np.random.default_rng(0)
     events = [(user, ITEMS[n], "clicked") for user in USERS for n in rng.permutation(24)[:5]]
@@ -179,7 +114,7 @@ def test_the_guides_kinds_are_drawn_masked_and_corrected(name: str, tmp_path: Pa
     is_later = np.isin(["", *data.corpus.candidate_ids.values], [later])
     samples = dataclasses.replace(data.samples, is_later=is_later)
     sizes: dict[str, Any] = {"batch_size": 15, "history_length": 4, "seed": 0}
-    kind, examples = kinds_of_the_guide()[name], tp.SinglePositives(samples, **sizes)
+    kind, examples = kinds_of_the_guide()[name], small.ORDERS[order](samples, **sizes)
     batches = tp.HybridBatches(samples, examples, [tp.Uniform(9)], hard=kind, seed=0)
     seen: dict[str, set[str]] = {user: set() for user in USERS}
     for user, item, _ in events:
@@ -243,8 +178,9 @@ def test_exposed_items_are_hard_negatives_only_if_allowed() -> None:
 
 
 def test_packed_lists_are_cleaned_like_any_others() -> None:
-    samples = dataclasses.replace(small.SAMPLES, is_later=LATER)
-    lists = RowLists.from_lists([np.flatnonzero(LATER)] * len(samples))
+    is_later = np.arange(small.NUM_CANDIDATES + 1) > 36
+    samples = dataclasses.replace(small.SAMPLES, is_later=is_later)
+    lists = RowLists.from_lists([np.flatnonzero(is_later)] * len(samples))
     batches = small.make_batches("single", samples, hard=Returning({"new": (lists, None)}))
     assert not any(batch.hard.is_counted.any() for batch in small.batch_list(batches, 4))
 
@@ -280,7 +216,7 @@ def test_wrong_kinds_are_refused() -> None:
         with pytest.raises(tp.ConfigError, match=message):
             tp.TwoTower(hard=kind)
     with pytest.raises(tp.ConfigError, match="hard: got SameCategory"):
-        tp.TwoTowerSettings(hard=RULE)
+        tp.TwoTowerSettings(hard=SameCategory(np.arange(4)))
 
     def made(**changes: Any) -> None:
         small.make_batches(hard=dataclasses.replace(FILE, **changes))

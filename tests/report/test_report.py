@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tfrs_pipeline import drawing
 from tfrs_pipeline.config import RunConfig, dump_config, movielens_config, with_settings
 from tfrs_pipeline.data.schema import Dropped
 from tfrs_pipeline.drawing import INK, SERIES, SOFT, thinned
@@ -139,7 +140,10 @@ HARD = RunConfig(data={"path": "log.parquet"}, model={"hard": LOSERS})
 
 
 def page_of(**changed: Any) -> Page:
-    return Page(report_page(dataclasses.replace(FACTS, **changed)))
+    """Makes a page without figures: drawing them takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "finish", lambda figure, label: drawing.Drawing(label, "<svg/>"))
+        return Page(report_page(dataclasses.replace(FACTS, **changed)))
 
 
 def test_every_metric_of_every_model_is_that_of_metrics_json() -> None:
@@ -326,13 +330,15 @@ def test_what_users_write_stays_text() -> None:
     example["recommended"] = [EVIL, 6]
     changed = {"examples": [example], "notes": {"data": [EVIL]}, "versions": {EVIL: EVIL}}
     settings = {"data.columns": {"user_id": EVIL}, "export.name": "films"}
-    page = page_of(
+    facts = dataclasses.replace(
+        FACTS,
         metrics={**FACTS.metrics, **changed},
         folder=f'runs/"{EVIL}',
         dropped=(Dropped(EVIL, 1),),
         titles={3: f"{EVIL} &amp; {{title}}", 6: '"><img src=x onerror=alert(1)>'},
         config=with_settings(RunConfig(data={"path": f"/a/{EVIL}.csv"}), settings),
     )
+    page = Page(report_page(facts))
     assert not page.of("script") + page.of("img")
     assert not [x for x in page.text if not (x.isprintable() or x in "\n\t\xa0")]
     evil = [f'User "{EVIL}\\x1b[31m\\u202eb', f'in runs/"{EVIL}', f"{EVIL} &amp; {{title}}"]

@@ -63,12 +63,7 @@ def made(means: dict[str, float], **changed: Any) -> dict[str, Any]:
             "a tie",
             r"ties .*EASE: -0.0050 [-0.0150, \+0.0050]; it beats p",
         ),
-        (
-            {"ease": 0.32, "ials": 0.4},
-            WORSE,
-            "no",
-            "is behind .* iALS: -0.1000.*; it is behind EASE",
-        ),
+        ({"ease": 0.32, "ials": 0.4}, WORSE, "no", "is behind .* iALS: -0.1.*; it is behind EASE"),
         ({"transitions": 0.4, "p": 0.1}, WORSE, "no", "is behind .*transitions: .*; it beats p"),
         ({}, None, "not compared", "no baseline"),
     ],

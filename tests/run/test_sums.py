@@ -168,9 +168,9 @@ def test_a_killed_sum_goes_on_and_ends_the_same(
 ) -> None:
     _, result = summed
     config = config_in(tmp_path, recipes=["sets", "quick"], members=5, **{"export.index": "none"})
-    first, other, ials = RunFolder(result.folder).settings().summed
+    _, other, ials = RunFolder(result.folder).settings().summed
     with tracing_once():
-        for stop in ("chooses the sum", f"{first}, refit", f"{other}, refit", ials):
+        for stop in ("chooses the sum", f"{other}, refit", ials):
             with pytest.raises(Stopped):
                 run(config, tmp_path / "run", progress=StoppedAt(stop))
         again = run(config, tmp_path / "run")

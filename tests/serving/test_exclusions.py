@@ -109,8 +109,8 @@ def test_all_ways_of_asking_leave_out_the_same(
     served = make_served(ids)
     user, known = served.query_ids.tolist()[ROW - 1], served.known(ROW)
     items = {*served.candidate_ids.tolist()}
-    rows = np.setdiff1d(np.arange(1, 61), served.clicks[ROW])[-7:]
-    disliked, (later, shown) = rows[:5], served.candidate_ids[rows[5:] - 1].tolist()
+    rows = np.setdiff1d(np.arange(1, 61), served.clicks[ROW])[-8:]
+    disliked, (later, shown, clicked) = rows[:5], served.candidate_ids[rows[5:] - 1].tolist()
     model = dataclasses.replace(
         served.exportable(),
         disliked=RowLists.from_lists([disliked[: 5 * (row == ROW)] for row in range(7)]),
@@ -121,34 +121,24 @@ def test_all_ways_of_asking_leave_out_the_same(
     index = ExactIndex(served.model.embed_corpus())
     asked = load(folder), RetrievalModule(Encoder(model), index, served.candidate_ids), user
     gone = {*served.candidate_ids[disliked - 1]}
-    if exclude != "none" and bonus is None:
-        gone |= {*known}
+    leaves_out_known = exclude != "none" and bonus is None
+    gone |= {*known} if leaves_out_known else set()
 
     answers = asked_in_all_ways(*asked, known, command)
     assert {*answers["by user id"]} == items - gone
     for way, answer in answers.items():
         assert answer == answers["by user id"], way
 
-    # In service: one item of the history is disliked, and one outside it; one more is only shown.
-    types = {known[0]: "dislike", later: "dislike", shown: "view"}
+    # In service: one item of the history is disliked, and one outside it; others are only shown,
+    # or clicked, after which they are left out where known items are.
+    types = {known[0]: "dislike", later: "dislike", shown: "view", clicked: "click"}
     asked[0].record([event(user, item, type_) for item, type_ in types.items()])
-    gone |= {known[0], later}
-    answers = asked_in_all_ways(*asked, known[1:], command)
+    gone |= {known[0], later, *([clicked] if leaves_out_known else [])}
+    answers = asked_in_all_ways(*asked, [*known[1:], clicked], command)
     del answers["in memory"], answers["SavedModel"]  # They know no events.
     for way, answer in answers.items():
         assert {*answer} == items - gone - ({shown} if exclude == "seen" else set()), way
         assert answer == [id_ for id_ in answers["by history"] if id_ in {*answer}], way
-
-
-def test_clicks_since_the_training_come_back_where_known_items_do(tmp_path: Path) -> None:
-    served = make_served("int")
-    model = dataclasses.replace(served.exportable(), exclude="none")
-    export(model, tmp_path / "films", index=Exact())
-    retriever, user, known = load(tmp_path / "films"), served.query_ids[ROW - 1], served.known(ROW)
-    clicked, disliked = (id_ for id_ in served.candidate_ids[-5:].tolist()[:2])
-    assert not {clicked, disliked} & {*known}
-    retriever.record([event(user, clicked), event(user, disliked, "dislike")])
-    assert by_user(retriever, user).keys() == {*served.candidate_ids} - {disliked}
 
 
 def test_an_export_without_dislikes_is_as_it_was(int_folder: Path) -> None:

@@ -539,19 +539,6 @@ def test_deleted_and_restored_items_are_noticed(writable: Running) -> None:
     assert send(writable, "DELETE", {"item_ids": [90_001, 90_004]}).json()["num_removed"] == 1
 
 
-def test_a_server_of_one_version_takes_in_live_items(films: Path) -> None:
-    shutil.copytree(films / "1", films / "2")
-    with Running(films / "1") as running:
-        versions, other = running.server.versions, load(films)
-        other.upsert([item(90_001)])
-        with versions.use() as version:
-            until(lambda: all(version.retriever.candidates.has([90_001])))
-            other.remove([90_001])
-            until(lambda: not any(version.retriever.candidates.has([90_001])))
-            assert version.number == 1
-        assert list(versions.statuses()) == [1]
-
-
 def test_no_other_version_comes_between_the_vectors_of_a_write_and_the_write(
     writable: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,18 +41,26 @@ def repeating(served: Served) -> Served:
     return dataclasses.replace(served, clicks=clicks)
 
 
-@pytest.fixture(scope="module")
-def model_folder(
-    repeating: Served, bonus: RepeatBonus, module_path: Path, request: pytest.FixtureRequest
-) -> Path:
-    """A fresh process proves that a bonus is saved, with both kinds of index."""
-    if repeating.ids == "str":
-        request.getfixturevalue("trusted_exports")
+def exported_to(folder: Path, repeating: Served, bonus: RepeatBonus) -> Path:
     exportable = dataclasses.replace(repeating.exportable(), repeat_bonus=bonus)
     index = Exact() if repeating.ids == "str" else Scann(recall=0.9)
-    folder = module_path / repeating.ids / "films"
     export(exportable, folder, index=index, filter_by="genres", queries=repeating.queries())
     return folder
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("served", ["int"], indirect=True)
+def test_a_fresh_process_adds_the_bonus(
+    repeating: Served, bonus: RepeatBonus, tmp_path: Path
+) -> None:
+    assert exported_to(tmp_path / "films", repeating, bonus).is_dir()
+
+
+@pytest.fixture(scope="module")
+def model_folder(
+    repeating: Served, bonus: RepeatBonus, module_path: Path, trusted_exports: None
+) -> Path:
+    return exported_to(module_path / repeating.ids / "films", repeating, bonus)
 
 
 @pytest.fixture(scope="module")

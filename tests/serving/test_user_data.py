@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 from starlette.exceptions import HTTPException
 
-import tfrs_pipeline as tp
 from tests.serving.conftest import Exported, Served, make_served
 from tfrs_pipeline import Scann, export, load
 from tfrs_pipeline.serving.rest import parse_predict
@@ -66,25 +64,3 @@ def test_an_embedding_of_each_user_cannot_be_left_out(served: Served, tmp_path: 
     with pytest.raises(ValueError, match="use_user_id=False"):
         export(served.exportable(), tmp_path / "films", user_data=False)
     assert not (tmp_path / "films").exists()
-
-
-@pytest.mark.usefixtures("few_signatures")
-def test_users_who_have_no_positive_are_unknown_ones_in_an_export_too(tmp_path: Path) -> None:
-    """In a model with an embedding of each user, theirs is untrained."""
-    events = pd.DataFrame({"user_id": np.arange(40) % 10, "item_id": np.arange(40) // 4})
-    events["stage"] = np.where(events["user_id"].between(1, 7), "clicked", "exposed")
-    log = tp.Log.from_table(events)
-    training = tp.TrainingSettings(batch_size=8, max_epochs=2, learning_rate=0.1)
-    settings: dict[str, Any] = {"dim": 4, "use_user_id": True, "negatives": ["uniform:num=8"]}
-    model = tp.TwoTower(**settings, training=training).fit(log)
-    loaded = load(export(model, tmp_path / "m", index=tp.Exact()))
-    # Two users who clicked, one who only saw items, and a new one.
-    queries: list[dict[str, Any]] = [{"user_id": user, "history": [1, 2]} for user in (7, 3, 9, 77)]
-    ids, scores = loaded.retrieve(queries, 10)
-    expected_ids, expected = model.retrieve(queries, 10)
-    assert ids.tolist() == expected_ids.tolist()
-    np.testing.assert_allclose(scores, expected, atol=1e-5)
-    np.testing.assert_allclose(scores[2], scores[3], atol=1e-6)
-    assert np.abs(scores[1] - scores[0]).max() > 1e-3
-    with pytest.raises(ValueError, match="use_user_id=False"):  # The first user has no positive.
-        export(model, tmp_path / "left_out", user_data=False)

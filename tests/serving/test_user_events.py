@@ -15,7 +15,7 @@ import ibis
 import numpy as np
 import pytest
 
-from tests.damage import copy_database, killed_after
+from tests.damage import copy_database
 from tests.serving.conftest import NUM_CANDIDATES, Served, make_served
 from tests.serving.running_server import Running, retrieve_user, send, until
 from tfrs_pipeline.durable import Damaged, StorageError, read_record, write_record
@@ -485,23 +485,12 @@ def test_times_are_exact_to_a_millisecond() -> None:
     assert abs(check_events([event("a", 2, time=None)], **types)[0].time - 1000 * time.time()) < 1e4
 
 
-def test_a_killed_writer_loses_no_confirmed_event(films: Path) -> None:
-    program = (
-        "import sys; from pathlib import Path\n"
-        "from tfrs_pipeline.serving.user_events import Event, Journal, Recorder\n"
-        "recorder = Recorder(Journal(Path(sys.argv[1])))\n"
-        "for i in range(10**6):\n"
-        "    events = [Event(7, i, 3 * i + j, 'clicked', None, None) for j in range(3)]\n"
-        "    assert recorder.submit(events).result() == 3\n"
-        "    print(i, flush=True)\n"
-    )
-    for stop_at in (3, 40):
-        shutil.rmtree(films, ignore_errors=True)
-        films.mkdir()
-        confirmed = killed_after(program, films, stop_at)
-        items = [kept.item_id for kept in Journal(films).of_users([7]).get(7, [])]
-        # Each confirmed one, once; perhaps the one under way, but only whole.
-        assert items in ([*range(3 * confirmed + 3)], [*range(3 * confirmed + 6)])
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    unfit: Any = object()
+    groups = [[Event(7, 1, 10, "clicked", None, None)], [Event(7, 2, unfit, "clicked", None, None)]]
+    with pytest.raises(Damaged, match="not supported"):
+        Journal(tmp_path).write(groups)
+    assert Journal(tmp_path).of_users([7]) == {}
 
 
 def test_what_comes_together_is_written_together(
