@@ -460,6 +460,7 @@ def test_the_same_command_again_goes_on_after_the_race(tmp_path: Path, command: 
     asked = {"data.path": tmp_path / "events.parquet", "run-dir": tmp_path / "run", **GIVEN}
     asked |= {"training.max_epochs": 1, "evaluation.baselines": "popularity", **UNEXPORTED}
     asked |= {"evaluation.cutoffs": 20, "members": 1, "budget": "9s", "model.dim": 4}
+    asked |= {"export.directory": tmp_path / "models"}
     flags = [word for name, value in asked.items() for word in (f"--{name}", as_typed(value))]
     flags += ["--recipes", "quick"]  # Its settings differ from those that the run begins with.
     assert command("run", *flags).code == 0
