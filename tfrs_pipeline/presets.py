@@ -1,6 +1,6 @@
 """Recipes: settings that suit a kind of log. Each is a preset; those that suit any log race.
 
-A new recipe is an entry of `PRESETS`. Nothing else has to change: the race, the flags, their help
+A new recipe is an entry of `_ALL`. Nothing else has to change: the race, the flags, their help
 and the reference read it from here.
 """
 

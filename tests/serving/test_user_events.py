@@ -254,6 +254,10 @@ def test_a_deleted_user_is_gone_from_the_file(tmp_path: Path) -> None:
     # An id with spaces around it is that of the user whose events were recorded without them.
     assert journal.forget([10**30, f" {users[1]} ", users[1]])[::2] == [0, 0]
     assert reader.of_users(users[1:2]) == {}
+    # An answer is recorded with the id that was asked.
+    journal.write([], [Answer("r", 1, 1, np.array([" a "], object), np.array([[7]]))])
+    assert journal.forget(["a"]) == [0]
+    assert journal.forget([" a "]) == [1]
 
 
 def test_a_deletion_beside_a_long_read_lets_others_write(

@@ -136,7 +136,7 @@ def _filled(feature: Feature, values: tf.Tensor, timestamp: tf.Tensor) -> tf.Ten
     is_known = tf.math.is_finite(timestamp)
     seconds = tf.where(is_known, timestamp, tf.zeros_like(timestamp))
     day = tf.floor(seconds / DAY_SECONDS)
-    # As `data.requests.at_request`: 1970 began on a Thursday, and Monday is 0.
+    # As `at_request` in `data/request_features.py`: 1970 began on a Thursday, and Monday is 0.
     number = tf.math.floormod(day + 3, 7)
     if feature.name == "hour":
         number = tf.floor((seconds - day * DAY_SECONDS) / 3600)

@@ -20,7 +20,7 @@ KNOWN_STAGES: Mapping[Exclude, Collection[Stage]] = {
     "seen": SEEN,
     "none": [],
 }
-"""The stages of events by which a user knows an item, by rule."""
+"""Rule -> the stages of events that make an item known to its user."""
 
 
 def rule_of(model: "Exportable") -> Exclude:

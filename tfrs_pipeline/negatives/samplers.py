@@ -348,7 +348,7 @@ class HardNegatives(Protocol):
 
         Args:
             samples: The training samples (`tp.Samples`): `query_rows` and `candidate_rows` say
-                whose positive each of them is. Samples of a log also have `query_ids` and
+                the user and the item of each. Samples of a log also have `query_ids` and
                 `candidate_ids`, whose methods `rows` and `rows_by_list` turn ids into rows.
 
         Returns:

@@ -440,10 +440,11 @@ def keep_winner(
             if (folder.race / name).is_dir() and not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 (folder.race / name).rename(path)
+        # After the moves, because its record makes a resumed run skip the race; before the others
+        # are removed, because a race that is decided again would train these anew.
+        folder.record_race(config, winner_config, record)
         for curve in decided.curves:
             shutil.rmtree(folder.race / curve.name, ignore_errors=True)
-        # Last, because its record makes a resumed run skip the race.
-        folder.record_race(config, winner_config, record)
 
     on_chief(move)
     return winner_config

@@ -230,8 +230,8 @@ class Journal(Database):
         """Yields all that is recorded as rows of an event table, in blocks, ordered by time.
 
         A row is user_id, item_id, milliseconds since 1970, stage, request_id, and rank in the
-        answer, from 1. Each item of a request has one, with the furthest stage that it reached and
-        the time of that. Items that were served are retrieved. If some ids are text, all are.
+        answer, from 1. Each item of a request has one, with its furthest stage, and when it
+        reached it. Items that were served are retrieved. If some ids are text, all are.
         Writes after the first block do not show.
         """
         with self._opened() as connection:
@@ -250,12 +250,14 @@ class Journal(Database):
         """
         counts = []
         with self.writing() as connection:
-            for id_ in map(_stripped, user_ids):
+            for id_ in map(_plain, user_ids):
                 counts.append(0)
+                # Events are recorded without spaces around ids, answers with the id that was asked.
+                ids = id_, _stripped(id_)
                 with contextlib.suppress(OverflowError):  # No row has an id beyond 64 bits.
                     for table in ("events", "served"):
-                        delete = f"DELETE FROM {table} WHERE user_id = ?"
-                        counts[-1] += connection.execute(delete, [id_]).rowcount
+                        delete = f"DELETE FROM {table} WHERE user_id IN (?, ?)"
+                        counts[-1] += connection.execute(delete, ids).rowcount
         self._rewrite()
         return counts
 
