@@ -46,8 +46,11 @@ def test_paths_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text("user_id,item_id\n1,2\n")
     refuses(
         tmp_path,
-        r"of one kind: .*It holds 3 files, 1 of another kind: b\.parquet\. DuckDB converts",
+        r"of one kind: .*It holds 3 files, 1 of another kind: b\.parquet\.$",
     )
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "a.jsonl").touch()
+    refuses(tmp_path / "json", r"It holds 1 file, 1 of .* DuckDB converts JSON: COPY")
     refuses(tmp_path / "b.parquet", r"b\.parquet cannot be read")
 
 

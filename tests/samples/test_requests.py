@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.data.test_requests import FEATURES, expected, made, rows
+from tests.data.test_request_features import FEATURES, expected, made, rows
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.samples.build import build_samples

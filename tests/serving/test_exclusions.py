@@ -164,3 +164,11 @@ def test_an_export_without_dislikes_is_as_it_was(int_folder: Path) -> None:
 )
 def test_the_rule_of_a_version(manifest: dict[str, Any], has_bonus: bool, rule: str) -> None:
     assert rule_of_version(manifest, has_bonus=has_bonus) == rule
+
+
+def test_an_unknown_rule_is_refused_when_it_is_given() -> None:
+    """Otherwise the first answer to a user with an event would fail."""
+    model = make_served("int").exportable()
+    for wrong in ("clicks", False, None):
+        with pytest.raises(ValueError, match=r"exclude must be one of clicked, seen, none\. Got"):
+            dataclasses.replace(model, exclude=wrong)

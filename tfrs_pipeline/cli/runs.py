@@ -48,6 +48,8 @@ BRIEF = (
     *("split.kind", "model.hard", "export.name", "export.filter_by"),
     *("compare.plans", "compare.seeds"),
 )
+# Settings of the race itself, which its winner does not have.
+_OF_RACE = ("recipes", "fixed", "members", "budget")
 
 
 class Work(Command):
@@ -233,7 +235,9 @@ def _begun_with(place: RunFolder, settings: Mapping[str, Any], preset: str | Non
     if asked is None:
         return kept
     others = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
-    is_same = with_settings(asked, others, preset=preset) == asked
+    # A setting that was not given before would be given now, although its value is the same.
+    is_known = others.keys() <= {*asked.fixed, *_OF_RACE}
+    is_same = is_known and with_settings(asked, others, preset=preset) == asked
     return with_settings(asked, {"export": kept.export.model_dump()}) if is_same else kept
 
 
@@ -248,7 +252,7 @@ def _named(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -> set[s
 def _with_recipes(config: RunConfig, flags: Work, named: Collection[str]) -> RunConfig:
     """Adds the recipes to race: all, if the log is the user's own and nothing chooses a model."""
     # Without what may change in a started run: given again, it would change these settings.
-    fixed = {"fixed": sorted({*named} - {"recipes", "fixed", "members", "budget", *MAY_CHANGE})}
+    fixed = {"fixed": sorted({*named} - {*_OF_RACE, *MAY_CHANGE})}
     if config.recipes and "fixed" not in named:
         return with_settings(config, fixed)
     is_demo = config.data.source == "movielens-100k"

@@ -303,10 +303,12 @@ def _list_files(path: Path) -> tuple[list[Path], bool]:
     if odd or not paths:
         listed = ", ".join(file.name for file in odd[:5])
         names = f", {len(odd)} of another kind: {listed}" if odd else ""
+        remedy = ""
+        if {".json", ".jsonl", ".ndjson"} & {file.suffix for file in odd}:
+            remedy = " DuckDB converts JSON: COPY (FROM 'clicks.jsonl') TO 'clicks.parquet'."
         raise DataError(
             f"{path} must be, or hold, files of one kind: {', '.join(_CSV_SUFFIXES)}, or .parquet. "
-            f"It holds {counted(len(paths), 'file')}{names}. DuckDB converts JSON: COPY (FROM "
-            "'clicks.jsonl') TO 'clicks.parquet'."
+            f"It holds {counted(len(paths), 'file')}{names}.{remedy}"
         )
     return paths, usual is csv
 

@@ -42,8 +42,8 @@ class Encoder(tf.Module):
         embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool and
             num_known_items [B] int32, how many items of the history the training had; all by the
             user's stored history and features. Also `known_items` [B, any], ids to exclude:
-            dislikes, and known positives if the model excludes them. Absent if the model has
-            neither. None without user data.
+            dislikes, and what the user clicked, or saw, if the model excludes it. Absent if the
+            model has neither. None without user data.
             With a repeat bonus, this and the next two functions also return `repeated_items`
             [B, any], the distinct ids of the history, and `bonuses` [B, any] float32.
         embed_query: user_id [B], history [B, L] oldest first -> the first three, from this history.
@@ -271,7 +271,7 @@ class SavedEncoder:
         """Embeds with a function of the encoder: its answer, ready for `Candidates.search`.
 
         What differs in length by query comes as a list for each: `known_items`, `repeated_items`
-        and `bonuses`, which go on after the repeated items.
+        and `bonuses`, which are padded at the end.
         """
         answer: dict[str, Any] = self.call(name, arrays)
         for key in {"known_items", "repeated_items"} & answer.keys():
@@ -333,7 +333,7 @@ class SavedEncoder:
         return [*zip(self._items(rows), times, strict=True)][::-1]
 
     def known(self, row: int) -> list[Any]:
-        """Returns a user's known positives."""
+        """Returns what a user clicked; if the version was trained with `seen`, what they saw."""
         return self._items(_entries(self._known, row))
 
     def disliked(self, row: int) -> list[Any]:

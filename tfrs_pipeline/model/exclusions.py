@@ -64,8 +64,8 @@ def left_out_by_history(
 ) -> list[Any]:
     """Returns what an answer to a query that brings its history leaves out; see `left_out`.
 
-    The history takes the place of the clicks that the model knows. What the user was only shown is
-    in no history.
+    The history takes the place of the clicks that the model knows; no history holds what the user
+    was only shown. Each item comes once.
 
     Example:
         >>> left_out_by_history("seen", ["v4"], ["v1", "v2"], ["v3"])
@@ -73,4 +73,5 @@ def left_out_by_history(
         >>> left_out_by_history("clicked", ["v4"], ["v1", "v2"], ["v3"])
         ['v4', 'v3']
     """
-    return left_out(rule, [*history, *(known if rule == "seen" else ())], disliked)
+    of_rule = left_out(rule, [*history, *(known if rule == "seen" else ())], disliked)
+    return list(dict.fromkeys(of_rule))  # What was clicked or disliked was also shown.

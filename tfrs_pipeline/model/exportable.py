@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -92,6 +92,8 @@ class Exportable:
     disliked: RowLists = field(default_factory=lambda: RowLists.empty(0))
 
     def __post_init__(self) -> None:
+        if self.exclude not in (rules := get_args(Exclude)):
+            raise ValueError(f"exclude must be one of {', '.join(rules)}. Got {self.exclude!r}")
         for name in ("query_ids", "histories", "known_positives", "disliked"):
             if not hasattr(getattr(self, name), "__len__"):
                 raise ValueError(

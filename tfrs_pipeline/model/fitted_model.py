@@ -187,10 +187,10 @@ def with_log(towers: Exportable, log: Log) -> Exportable:
 def excluding(model: Exportable, log: Log, exclude: Exclude) -> Exportable:
     """Makes answers by user id leave out what the rankings of a test do (`Holdout.excluded`).
 
-    The whole `log` counts, the test part included.
+    All of `log` counts: give the whole one, with the test part.
     """
     if exclude == "seen":
         users, candidates = Ids(model.query_ids), Ids(model.candidate_ids)
-        seen = seen_rows(log.whole, users, candidates)
+        seen = seen_rows(log, users, candidates)
         model = dataclasses.replace(model, known_positives=seen)
     return dataclasses.replace(model, exclude=exclude)

@@ -174,6 +174,7 @@ def compare_plans(config: RunConfig, folder: Path, *, progress: Progress = SILEN
     again, and the unfinished one continues. Raises a `ConfigError` if `warm_start` is set, and a
     `ValueError` if the folder holds something else or the data is refused.
     """
+    _refuse_unfit(config)  # Before anything is written.
     run_folder = RunFolder(folder)
     with run_folder.claim(config, is_run=False):
         return compare_claimed(RunContext(config, run_folder, progress))
@@ -182,11 +183,7 @@ def compare_plans(config: RunConfig, folder: Path, *, progress: Progress = SILEN
 def compare_claimed(run: RunContext) -> Comparison:
     """Does a comparison, or what is left of it, in a folder that is claimed."""
     config = run.config
-    if config.warm_start is not None:
-        message = "the plans of a comparison all start from random weights; leave it out"
-        raise ConfigError([("warm_start", f"got {str(config.warm_start)!r}: {message}")])
-    if this_worker().count > 1:
-        raise ValueError("A comparison trains in one process. Unset TF_CONFIG, or use run.")
+    _refuse_unfit(config)
     plans, notes = run.do(plan_steps(config))
     data: RunData = run.artifacts["samples"]
     seeds = range(config.seed, config.seed + config.compare.seeds)
@@ -203,6 +200,14 @@ def compare_claimed(run: RunContext) -> Comparison:
     comparison = _compared(plans, seeds, measure, config.training.monitor, notes)
     comparison.write(run.folder.path)
     return comparison
+
+
+def _refuse_unfit(config: RunConfig) -> None:
+    if config.warm_start is not None:
+        message = "the plans of a comparison all start from random weights; leave it out"
+        raise ConfigError([("warm_start", f"got {str(config.warm_start)!r}: {message}")])
+    if this_worker().count > 1:
+        raise ValueError("A comparison trains in one process. Unset TF_CONFIG, or use run.")
 
 
 def _label(name: str, seed: int, num_seeds: int) -> str:

@@ -65,7 +65,7 @@ class RunResult:
 def run_steps(config: RunConfig, *, has_raced: bool = False) -> list[Step]:
     """Returns the steps of a run, in order: `run` does them, `--check` lists them, docs draw them.
 
-    If it `has_raced`, the settings are those of a race's winner, and the race is read back. The
+    With `has_raced`, the settings are those of a race's winner, and the race is read back. The
     last step's file, metrics.json, marks a finished run.
     """
     models, races = tuple(variants(config)), bool(config.recipes) or has_raced

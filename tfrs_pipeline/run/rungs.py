@@ -101,8 +101,9 @@ def race_in_rungs(
         curves: Recipe -> its curve so far: without an epoch, or as an earlier process left it.
         train: Called with a recipe, the number of epochs to have in the end, and the name of the
             turn; replaces its curve.
-        budget: CPU seconds of all recipes together. In a round, no recipe takes more than an equal
-            share of what is left when the round begins, so that a small budget serves all.
+        budget: CPU seconds of all recipes together. In the second round, no recipe trains for more
+            than an equal share of it; in a later one, of what is left when the round begins. So a
+            small budget serves all. A turn has one epoch or more, and none begins without budget.
     """
     # Epochs of each recipe after the turns so far. A race that resumes takes the same turns, with
     # the budget that was left at each, although its curves may be longer.
@@ -117,6 +118,9 @@ def race_in_rungs(
         num_epochs = curve.epochs_by(seconds)
         if number == 1:
             num_epochs = TIMED_EPOCHS if math.isfinite(budget) else FIRST_EPOCHS
+        elif curve.epoch_seconds:  # What is left may be for a few epochs.
+            affordable = max(1.0, unspent() / curve.epoch_seconds)
+            num_epochs = math.floor(min(num_epochs, reached[name] + affordable))
         num_epochs = min(num_epochs, curve.num_epochs)
         if num_epochs <= reached[name] or unspent() <= 0:
             return
@@ -162,7 +166,8 @@ def race_in_rungs(
         share = unspent() / len(racing)  # Equal, so that the last round has time for all.
         left = [name for name in racing if curves[name].num_epochs > reached[name]]
         if len(racing) == 1 or not any(0 < curves[name].epoch_seconds <= share for name in left):
-            return len(racing) > 1 and bool(left)
+            is_untimed = [not (reached[name] or curves[name].failure) for name in curves]
+            return any(is_untimed) or (len(racing) > 1 and bool(left))
         seconds = min(2 * seconds, seconds + share)
 
 

@@ -26,8 +26,8 @@ class Step:
 
     `make` and `read` are called with the runner, and with the artifacts that the step reads as
     keyword arguments. They return the artifact that the step writes; `read` returns None if it is
-    not whole on disk. Without `read`, `make` itself goes on from what it finds at the path: samples
-    and trainings are resumed in Python too.
+    not complete on disk. Samples and trainings have none: their `make` resumes them itself, as
+    without a runner.
     """
 
     name: str

@@ -166,7 +166,7 @@ class SignatureInputs:
 class PredictCall(NamedTuple):
     """A signature's name and the array of each input: numbers, or `bytes` objects.
 
-    The default signature has become `retrieve_user`.
+    Holds a call of the default signature as one of `retrieve_user`.
 
     `exclude_served` says which answers' items are left out; None takes the server's settings.
     """

@@ -69,7 +69,8 @@ class LoadedRetriever:
     Attributes:
         activity: What users did since the training; None without user data or live writes.
         candidates: The items to retrieve, and their search.
-        encoder: What the version holds of the users and items of its training.
+        encoder: Embeds users, queries and items, parses ids, and has what the version holds of the
+            users and items of its training.
         features: The fitted features that the model reads, by side: "query" (the user's), "request"
             or "candidate".
         folder: The version's folder.

@@ -152,8 +152,8 @@ def prove(
     """Checks that a fresh process can load each folder and answers like its module in memory.
 
     The probes are `queries` and `item_ids`. Each of `features` has a value that it knows, so that
-    lookups are checked too. Exact modules must come first: the process
-    then shows that they load without ScaNN's operation.
+    lookups are checked too. Exact modules must come first: the process then shows that they load
+    without ScaNN's operation.
     """
     item_examples = _examples(features.get("candidate", ()), len(item_ids))
     query_examples = _examples(

@@ -21,7 +21,8 @@ class Recent(NamedTuple):
     Attributes:
         history: Item ids, oldest first, without disliked ones.
         times: Their times in seconds since 1970; NaN where unknown.
-        known: Ids of items that the user knows by the version's rule, if it has one.
+        known: Ids of items that the version holds as known, and of the events that make an item
+            known by its rule; `left_out` decides.
         disliked: Ids of items that the user disliked, before the end of the log or since.
     """
 
