@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from tfrs_pipeline import DataError, Log, Reading
+from tfrs_pipeline.data import held_out_queries
 
 
 def test_some_queries_are_whole_users_and_others_are_not_read() -> None:
@@ -32,3 +33,19 @@ def test_a_log_without_an_order_has_no_history_up_to_a_request() -> None:
     log = Log.from_table(pa.table(events), reading=Reading(is_ordered=False))
     with pytest.raises(DataError, match="need an order"):
         log.split("column").holdout("test", by="requests")
+
+
+def test_a_user_whose_histories_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They grow with the square of the user's events, as those of an id that all guests share."""
+    users = ["guest"] * 30 + ["a", "b"] * 5 + ["a"]
+    parts = ["train"] * 20 + ["test"] * 10 + ["train"] * 6 + ["test"] * 4 + ["validation"]
+    events = {"user_id": users, "item_id": range(41), "part": parts}
+    split = Log.from_table(pa.table(events)).split("column")
+    # 20 events are before the first of the 10 queries, 29 before the last.
+    num_before = sum(range(20, 30))
+    monkeypatch.setattr(held_out_queries, "_MOST_OF_ONE", num_before)
+    assert len(split.holdout("test", by="requests")) == 14
+    monkeypatch.setattr(held_out_queries, "_MOST_OF_ONE", num_before - 1)
+    with pytest.raises(DataError, match=r"'guest' has 10 positives in the test part, with 245 ev"):
+        split.holdout("test", by="requests")
+    assert len(split.holdout("test", by="users")) == 3

@@ -258,6 +258,7 @@ def test_weights_that_differ_are_told() -> None:
     (ValueError, {"item_columns": {"item_id": "sku", "title": "nme"}}, "no column 'nme'. Nea"),
     (ConfigError, {"duplicates": "dropp"}, "duplicates: got 'dropp'; must be 'keep'"),
     (ValueError, {"columns": {"usr_id": "user"}}, r"usr_id: .*; did you mean 'user_id'\?$"),
+    (ConfigError, {"columns": {"event": "hour"}}, "columns.event: has the types.*event_weights"),
     (ConfigError, {"columns": {"user_id": 0}}, "columns.user_id: got 0; must be a"),
     (ValueError, {"columns": {"user_id": "usr"}}, "no column 'usr'. Nearest: user"),
     (ValueError, {"columns": {"user_id": "user", "device": "devic"}}, "no column 'devic'"),

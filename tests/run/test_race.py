@@ -470,6 +470,8 @@ def test_the_same_command_again_goes_on_after_the_race(tmp_path: Path, command: 
     assert "its results follow; nothing was done" in again.out
     # A flag with the value that the setting had: then it decides nothing.
     assert command("run", "--run-dir", tmp_path / "run", "--seed", 0).code == 0
+    over = command("run", "--run-dir", tmp_path / "run", "--budget", "8s")
+    assert "--budget: the race of this run is over: leave it out" in over.err
     other = command("run", *flags, "--model.dim", "8")
     assert "other settings (model.dim: 4, now 8" in other.err
     # How to export may change; then the rest of the run is done.

@@ -261,6 +261,8 @@ def _with_recipes(config: RunConfig, flags: Work, named: Collection[str]) -> Run
     if is_chosen or is_demo or flags.preset or config.warm_start is not None:
         for name in ("budget", "members"):
             if getattr(config, name) != getattr(RunConfig(), name) and not config.recipes:
+                if flags.run_dir and RunFolder(flags.run_dir).settings_before_race():
+                    raise UsageError(f"--{name}: the race of this run is over: leave it out")
                 raise UsageError(f"--{name}: nothing races here; name --recipes, or leave it out")
         return config
     return with_settings(config, {**fixed, "recipes": RECIPES})

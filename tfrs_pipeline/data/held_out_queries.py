@@ -23,6 +23,8 @@ from tfrs_pipeline.retrieval import Query
 EvaluationPart: TypeAlias = Literal["validation", "test"]
 
 # Parts that a query may know: those before the user's cut; for "test" also the validation part.
+# The queries of one user may have this many entries in their histories; each takes 32 bytes.
+_MOST_OF_ONE = 200_000_000
 _PARTS_BEFORE: dict[EvaluationPart, tuple[str, ...]] = {
     "validation": ("train", "fold_in"),
     "test": ("train", "validation", "fold_in"),
@@ -197,6 +199,8 @@ def make_holdout(
             f"The {part} part has no positive. Give split.{part} a larger share or an earlier "
             f"moment, or lower split.min_positives.{without if part == 'validation' else ''}"
         )
+    if by != "users":
+        _refuse_endless(rows, part)
     # Lists of different lengths are cut in NumPy: DuckDB would hold them in memory.
     names = ("item_id", "_is_positive", "_is_dislike", "_is_tied")
     ids, was_clicked, was_disliked, is_tied = (rows[name].to_numpy() for name in names)
@@ -293,6 +297,21 @@ def _read_events(split: ibis.Table, part: EvaluationPart, by: schema.AskedBy, lo
     num_together = rows["_is_positive"].sum().over(ibis.window(group_by=["user_id", "_time"]))
     rows = rows.mutate(_is_tied=num_together > 1)
     return rows.order_by(["user_id", "_time", "event_number"]).to_pyarrow()
+
+
+def _refuse_endless(rows: pa.Table, part: EvaluationPart) -> None:
+    """Refuses a user whose queries' histories would fill the memory: it grows with their square."""
+    users, is_target = numbered(rows["user_id"]), rows["_is_target"].to_numpy()
+    num_before = np.where(is_target, rows["_num_before"].to_numpy(), 0)
+    user = int(np.bincount(users, num_before).argmax())
+    if (num := int(num_before[users == user].sum())) > _MOST_OF_ONE:
+        name = rows["user_id"][int(np.argmax(users == user))].as_py()
+        raise DataError(
+            f"User {name!r:.80} has {int((is_target & (users == user)).sum()):,} positives in the "
+            f"{part} part, with {num:,} events before them in all, which may not fit in memory. If "
+            "that id stands for many people, such as guests, leave its rows out, or give each "
+            "visit an id of its own; else set evaluation.by to users."
+        )
 
 
 def numbered(values: pa.ChunkedArray) -> np.ndarray:

@@ -124,6 +124,9 @@ class Reading(Config):
         low, high = self.dislike_threshold, self.rating_threshold
         if low is not None and (high is None or low > high):
             yield "dislike_threshold", f"got {low:g}: needs a rating_threshold that is not below it"
+        # Under its own name, it may be kept as any other column.
+        if self.columns.get("event", "event") != "event" and not self.event_weights:
+            yield "columns.event", "has the types of events: set event_weights to say what each is"
         if self.event_weights and "stage" in self.columns:
             yield "event_weights", "decides the stages; leave stage out of columns"
 
