@@ -24,6 +24,7 @@ from tests.small_batches import assert_same_samples
 from tests.small_log import NUM_ITEMS, Ids, Stopped, Watched, event_table, item_id, write
 from tfrs_pipeline import durable
 from tfrs_pipeline.cli.commands import NOT_PUBLISHED
+from tfrs_pipeline.data import held_out_queries
 from tfrs_pipeline.data.schema import AskedBy
 from tfrs_pipeline.durable import file_hash, read_record, write_record
 from tfrs_pipeline.messages import StepReport
@@ -308,6 +309,19 @@ def test_validation_and_test_ask_the_same_question(of_stages: Finished, by: Aske
         assert holdout.fingerprint() == split.holdout(part, by=asked).fingerprint()
     assert isinstance(data.other_test, tp.Holdout)
     assert data.other_test.by == ("requests" if asked == "users" else "users")
+
+
+def test_by_user_no_request_of_a_user_with_too_many_is_asked(
+    of_stages: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else setting `evaluation.by`, as the refusal advises, would not help."""
+    monkeypatch.setattr(held_out_queries, "_MOST_OF_ONE", 1)
+    with pytest.raises(tp.DataError, match=r"in all, .* set evaluation\.by to users"):
+        prepare(of_stages.config, of_stages.folder)
+    config = tp.with_settings(of_stages.config, {"evaluation.by": "users"})
+    data = prepare(config, of_stages.folder)
+    assert (data.test.by, data.validation.by) == ("users", "users")
+    assert "events before them in all" in str(data.other_test)
 
 
 def test_the_guide_to_trackers_logs_the_test_by_both_questions(

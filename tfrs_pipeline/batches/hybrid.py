@@ -145,7 +145,7 @@ class HybridBatches:
         # The thread that tunes a pipeline wakes up after .01, .02, .04, ..., 60 seconds. TensorFlow
         # means to wake it when an iterator is deleted, but often fails to, and then waits for it: a
         # training of 11 seconds ended 10 seconds late. Without it, as many batches are built at the
-        # same time as there are cores.
+        # same time as there are cores, up to 16.
         options.autotune.enabled = False
         return batches.prefetch(tf.data.AUTOTUNE).with_options(options)
 

@@ -22,9 +22,9 @@ from tfrs_pipeline.retrieval import Query
 
 EvaluationPart: TypeAlias = Literal["validation", "test"]
 
-# Parts that a query may know: those before the user's cut; for "test" also the validation part.
 # The queries of one user may have this many entries in their histories; each takes 32 bytes.
 _MOST_OF_ONE = 200_000_000
+# Parts that a query may know: those before the user's cut; for "test" also the validation part.
 _PARTS_BEFORE: dict[EvaluationPart, tuple[str, ...]] = {
     "validation": ("train", "fold_in"),
     "test": ("train", "validation", "fold_in"),
