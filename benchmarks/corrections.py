@@ -64,11 +64,11 @@ from record import parser_with_json, write_json
 from scipy.stats import t
 
 from tfrs_pipeline.batches.batch import Batch
-from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.fitted_model import query_encoder
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.negatives.samplers import AliasSampler
+from tfrs_pipeline.search.topk import ExactRetriever
 from tfrs_pipeline.sources.simulated import Simulation, simulate_funnel
 
 BATCH, NUM_STEPS, CHECKS = 256, 1000, 4

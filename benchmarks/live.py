@@ -54,12 +54,12 @@ from record import parser_with_json, write_json
 from serving import resident_mib, served
 
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
-from tfrs_pipeline.serving.candidates import Candidates
-from tfrs_pipeline.serving.live_items import STORE_FILE, LiveItems, Store
-from tfrs_pipeline.serving.retriever import load
-from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.serving.tune import Requests, tune_index
-from tfrs_pipeline.serving.user_events import JOURNAL_FILE, Journal, id_hash
+from tfrs_pipeline.search.candidates import Candidates
+from tfrs_pipeline.search.tune import Requests, tune_index
+from tfrs_pipeline.service.live_items import STORE_FILE, LiveItems, Store
+from tfrs_pipeline.service.retriever import load
+from tfrs_pipeline.service.settings import ServeSettings
+from tfrs_pipeline.service.user_events import JOURNAL_FILE, Journal, id_hash
 
 NUM_MOMENTS = 12
 KS, EXCLUDED = (10, 100), (0, 100, 1000)
@@ -240,7 +240,7 @@ class Writer:
 
 def serve_model(model: Path, token: Path, address: Connection) -> None:
     """Serves a model, and sends the server's address."""
-    from tfrs_pipeline.serving.server import serve
+    from tfrs_pipeline.service.server import serve
 
     serve(model, ServeSettings(port=0, token_file=token, page=False), address.send)
 
@@ -257,7 +257,7 @@ def kills(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     writers = [Writer({"user_id": FIRST_USER + n, **click}, "event_id") for n in range(3)]
     writers.append(Writer(dict.fromkeys(names), "title"))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tfrs_pipeline.serving.server"])
+    context.set_forkserver_preload(["tfrs_pipeline.service.server"])
     num_lost = num_half = num_twice = 0
     for _ in range(options.kills):
         receiver, sender = context.Pipe(duplex=False)
@@ -337,7 +337,7 @@ def send_events(port: int, name: str, token: str, users: list[Any], items: list[
 
 def events(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measures a server that gets events."""
-    from tfrs_pipeline.serving.recommend import known_users
+    from tfrs_pipeline.service.recommend import known_users
 
     model, token = Path(shutil.copytree(options.model, folder / "served")), TOKEN
     (folder / "token").write_text(token)

@@ -46,7 +46,7 @@ from scipy.special import expit
 from serving import served
 
 from tfrs_pipeline.cli import commands
-from tfrs_pipeline.serving.publish import versions_of
+from tfrs_pipeline.service.publish import versions_of
 from tfrs_pipeline.sources.simulated import FunnelOptions, Preferences, simulate_funnel
 
 OPTIONS = FunnelOptions(num_retrieved=50, num_pre_ranked=30, num_ranked=20, num_exposed=10)

@@ -28,10 +28,10 @@ from live import Reader
 from record import parser_with_json, write_json
 from serving import NAME, Clusters
 
-from tfrs_pipeline.serving.export import export
-from tfrs_pipeline.serving.index import Exact
-from tfrs_pipeline.serving.retriever import load
-from tfrs_pipeline.serving.searcher import build_in_subprocess
+from tfrs_pipeline.export.export import export
+from tfrs_pipeline.search.searcher import build_in_subprocess
+from tfrs_pipeline.search.settings import Exact
+from tfrs_pipeline.service.retriever import load
 
 
 def refresh(folder: Path, options: argparse.Namespace) -> dict[str, float]:

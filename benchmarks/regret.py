@@ -46,10 +46,10 @@ from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import AskedBy, is_positive
 from tfrs_pipeline.evaluation.baselines import BASELINES
-from tfrs_pipeline.evaluation.topk import ScoreRetriever
 from tfrs_pipeline.presets import RECIPES
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.search.topk import ScoreRetriever
 
 NO_ORDER = "--no-data.is_ordered"
 METRICS = ("ndcg@100", "recall@100")

@@ -40,11 +40,11 @@ from record import parser_with_json, write_json
 
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.log import Split
-from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fitted_model import query_encoder
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
+from tfrs_pipeline.search.topk import ExactRetriever
 
 NUM_ITEMS, EVENTS_PER_USER = 200_000, 20
 NEGATIVES = (tp.InBatch(), tp.Uniform(256), tp.Popularity(256))

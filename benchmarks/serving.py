@@ -102,8 +102,8 @@ class Clusters:
 
 def build_export(directory: Path, num_candidates: int, seed: int) -> Path:
     """Exports items in clusters with a ScaNN index."""
-    from tfrs_pipeline.serving.export import export
-    from tfrs_pipeline.serving.index import Scann
+    from tfrs_pipeline.export.export import export
+    from tfrs_pipeline.search.settings import Scann
 
     model = Clusters(num_candidates, seed)
     index = Scann(recall=0.95)
@@ -235,7 +235,7 @@ def measure_latency(
     model: Path, clients: Sequence[int], seconds: float, rounds: int
 ) -> dict[str, Any]:
     """Measures every way to ask, in turn, so that a busy machine affects all alike."""
-    from tfrs_pipeline.serving.retriever import load
+    from tfrs_pipeline.service.retriever import load
 
     retriever = load(model)
     retriever.retrieve_user([1], 100)

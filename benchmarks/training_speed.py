@@ -57,13 +57,13 @@ from tutorial import (
 )
 
 from tfrs_pipeline.evaluation.interactions import Interactions
-from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fitted_model import query_encoder
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run.data import RunData
+from tfrs_pipeline.search.topk import ExactRetriever
 
 METRIC = "ndcg@100"
 # CPU time is affected neither by other processes nor by idle cores.

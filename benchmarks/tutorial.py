@@ -17,9 +17,9 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.retrieval import Query
+from tfrs_pipeline.search.topk import ExactRetriever
 
 EMBEDDING_DIM = 32
 BATCH_SIZE = 8192

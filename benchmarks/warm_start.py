@@ -39,7 +39,7 @@ import pandas as pd
 from record import parser_with_json, write_json
 
 from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
-from tfrs_pipeline.evaluation.topk import ExactRetriever
+from tfrs_pipeline.search.topk import ExactRetriever
 from tfrs_pipeline.sources.movielens import load_movielens_100k
 
 METRICS = ("ndcg@100", "recall@100", "recall@20")

@@ -24,7 +24,7 @@ import tfrs_pipeline as tp
 import tensorflow as tf
 
 from tests.model.conftest import eagerly
-from tests.serving.running_server import address_of
+from tests.service.running_server import address_of
 from tests.test_imports import PACKAGE, ROOMS, SOURCES
 from tfrs_pipeline.samples.store import RowLists
 

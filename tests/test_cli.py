@@ -40,7 +40,7 @@ from tfrs_pipeline.run import data as run_data
 from tfrs_pipeline.run import pipeline
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.steps import RunContext, Step
-from tfrs_pipeline.serving import retriever
+from tfrs_pipeline.service import retriever
 from tfrs_pipeline.settings import Config, tables_in
 
 pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")

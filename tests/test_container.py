@@ -10,7 +10,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from tfrs_pipeline.cli.commands import COMMAND_LINE
-from tfrs_pipeline.serving.settings import ServeSettings
+from tfrs_pipeline.service.settings import ServeSettings
 
 ROOT = Path(__file__).parents[1]
 PORT = ServeSettings.model_fields["port"].default

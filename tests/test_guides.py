@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.serving.running_server import TOKEN, address_of
+from tests.service.running_server import TOKEN, address_of
 from tfrs_pipeline import cli, load_config
 from tfrs_pipeline.evaluation.baselines import BASELINES
 from tfrs_pipeline.evaluation.metrics import METRICS
@@ -37,7 +37,7 @@ GUIDES |= {f"docs/guides/{name}.md": [pytest.mark.slow] for name in QUICK.split(
 GUIDES |= {f"docs/guides/{name}.md": [pytest.mark.nightly] for name in LONG.split()}
 # The requests of the first are sent below, to the README's model. The next two are scripts for
 # cron and for a cluster. tests/test_engines.py runs the fourth. The last takes versions out of a
-# folder and pins them, as tests/serving/test_versions.py and test_server.py do.
+# folder and pins them, as tests/service/test_versions.py and test_server.py do.
 ELSEWHERE = ("serving", "daily", "scale", "engines", "versions")
 RUN_ELSEWHERE = tuple(f"docs/guides/{name}.md" for name in ELSEWHERE)
 SHELL = ("python3", "openssl", "pip", ".venv/bin/pip", "docker", "mkdir", "cp", "mv")

@@ -13,12 +13,14 @@ import tfrs_pipeline
 
 PACKAGE = Path(tfrs_pipeline.__file__).parent
 FIRST = "libraries messages settings retrieval durable features cluster data sources negatives"
-LAST = "samples batches evaluation drawing model serving presets config run report cli"
+LAST = (
+    "samples batches search evaluation drawing service model export presets config run report cli"
+)
 ROOMS = f"{FIRST} {LAST}".split()
 TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "scann"}
 LIGHT_ROOMS = "messages settings retrieval durable cluster drawing data sources samples evaluation"
 LIGHT_FEATURES = "features.categorical features.feature features.kinds features.raw"
-LIGHT_MODULES = f"{LIGHT_FEATURES} negatives.samplers serving.settings"
+LIGHT_MODULES = f"{LIGHT_FEATURES} negatives.samplers service.settings"
 LIGHT_STARTS = (*LIGHT_ROOMS.split(), *LIGHT_MODULES.split())
 
 

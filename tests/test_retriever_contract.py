@@ -17,10 +17,10 @@ import tfrs_pipeline as tp
 from tfrs_pipeline import Ease, Ials, ItemKnn, MostPopular, Query, Retriever, Transitions
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.interactions import Interactions, Sequences
-from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import query_encoder
+from tfrs_pipeline.search.topk import ExactRetriever
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 NUM_USERS, NUM_CANDIDATES = 300, 24

@@ -48,5 +48,5 @@ def test_a_wheel_trains_and_reports_in_an_empty_environment(tmp_path: Path) -> N
     printed = run(command, "run", *flags)
     assert "two_tower" in printed
     assert "<html" in (tmp_path / "run" / "report.html").read_text()
-    assert list(site.glob("tfrs_pipeline/serving/page.html"))
+    assert list(site.glob("tfrs_pipeline/service/page.html"))
     assert list(site.glob("tfrs_pipeline/py.typed"))

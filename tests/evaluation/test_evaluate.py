@@ -11,7 +11,7 @@ import pytest
 
 import tfrs_pipeline as tp
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.evaluation.topk import ScoreRetriever
+from tfrs_pipeline.search.topk import ScoreRetriever
 
 IDS = np.arange(100, 112)
 COUNTS = np.array([9, 9, 6, 5, 4, 3, 2, 1, 1, 0, 0, 0])

@@ -15,14 +15,15 @@ import tensorflow as tf
 from tests.model.conftest import tiny
 from tests.small_log import event_table, item_table, write
 from tfrs_pipeline import ConfigError, Exact, Log, RunConfig, load
+from tfrs_pipeline.export import export
 from tfrs_pipeline.features.encoding import parse_request
 from tfrs_pipeline.features.feature import Feature, TableColumn
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.features.raw import Column, to_numbers
 from tfrs_pipeline.run.refresh import refresh_index
-from tfrs_pipeline.serving import export, page, rest
-from tfrs_pipeline.serving.settings import ServeSettings
-from tfrs_pipeline.serving.versions import ServedVersion
+from tfrs_pipeline.service import page, rest
+from tfrs_pipeline.service.settings import ServeSettings
+from tfrs_pipeline.service.versions import ServedVersion
 
 ITEM_KINDS = {"month": "cyclic"}
 

@@ -19,14 +19,14 @@ from tests.features.columns import NUM_NEW, fitted_features, new_columns, new_te
 from tests.small_log import event_table, item_table, small_config, user_table, write
 from tfrs_pipeline import Exportable, Log, TwoTower, cli, dump_config, load
 from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.export.encoder import Encoder
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.model.corpus import Corpus
-from tfrs_pipeline.model.encoder import Encoder
 from tfrs_pipeline.report import facts
 from tfrs_pipeline.run.refresh import refresh_index
-from tfrs_pipeline.serving import page
+from tfrs_pipeline.service import page
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 ITEM_KINDS = {

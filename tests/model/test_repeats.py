@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tests.model.conftest import tiny, untrained
 from tfrs_pipeline import Holdout, Log, TrainingSet, TrainingSettings, metric_of
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.evaluation import topk
-from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.model.repeat_choice import choose_bonus
-from tfrs_pipeline.model.repeats import RepeatBonus
+from tfrs_pipeline.search import topk
+from tfrs_pipeline.search.repeats import RepeatBonus
+from tfrs_pipeline.search.topk import ExactRetriever
 
 NUM_USERS, NUM_ITEMS, DIM = 150, 60, 8
 HISTORIES = st.lists(st.lists(st.integers(0, 5), max_size=12), min_size=1, max_size=4)

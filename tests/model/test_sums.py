@@ -14,7 +14,6 @@ import tfrs_pipeline as tp
 from tests.model.conftest import make_log, untrained
 from tfrs_pipeline.evaluation.evaluate import Truth, measure_vectors
 from tfrs_pipeline.model import sums
-from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.sums import (
     MIN_QUERIES,
     WEIGHTS,
@@ -24,6 +23,7 @@ from tfrs_pipeline.model.sums import (
     choose,
     projection,
 )
+from tfrs_pipeline.search.repeats import RepeatBonus
 
 RNG = np.random.default_rng(0)
 

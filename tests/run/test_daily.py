@@ -28,7 +28,7 @@ from tfrs_pipeline.run.gate import IN_SERVICE, version_in_service
 from tfrs_pipeline.run.pipeline import RunResult, run
 from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.run.warm_start_settings import with_source
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
+from tfrs_pipeline.service.publish import MANIFEST_FILE, versions_of
 
 pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")
 YESTERDAY, TODAY = range(75), range(5, 80)  # Numbers of each day's items.

@@ -27,9 +27,9 @@ from tfrs_pipeline.cli.commands import NOT_PUBLISHED
 from tfrs_pipeline.data import held_out_queries
 from tfrs_pipeline.data.schema import AskedBy
 from tfrs_pipeline.durable import file_hash, read_record, write_record
+from tfrs_pipeline.export import export
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.model import two_tower
-from tfrs_pipeline.model.exclusions import KNOWN_STAGES
 from tfrs_pipeline.run import gate, pipeline
 from tfrs_pipeline.run.data import RunData, final_part, prepare
 from tfrs_pipeline.run.folder import RunFolder
@@ -39,9 +39,9 @@ from tfrs_pipeline.run.pipeline import run
 from tfrs_pipeline.run.steps import RunContext, Step, as_diagram
 from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.samples.store import read_samples
-from tfrs_pipeline.serving import export
-from tfrs_pipeline.serving.publish import NotPublished, versions_of
-from tfrs_pipeline.serving.retriever import load
+from tfrs_pipeline.search.exclusions import KNOWN_STAGES
+from tfrs_pipeline.service.publish import NotPublished, versions_of
+from tfrs_pipeline.service.retriever import load
 
 PROVE = export.prove
 pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")

@@ -17,7 +17,7 @@ from tfrs_pipeline.cli.flags import CommandLine, UsageError
 from tfrs_pipeline.cli.models import Query, Recommend, RefreshIndex, Serve, Vectors, WriteLog
 from tfrs_pipeline.cli.runs import BRIEF, Compare, Report, Run, train
 from tfrs_pipeline.messages import as_interrupts
-from tfrs_pipeline.serving.publish import NotPublished
+from tfrs_pipeline.service.publish import NotPublished
 from tfrs_pipeline.settings import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from tfrs_pipeline.messages import Progress, StepReport
 from tfrs_pipeline.report.advice import advice
 from tfrs_pipeline.report.verdict import by_popularity, compared_with_baselines, other_question
 from tfrs_pipeline.run.folder import CONFIG_FILE
-from tfrs_pipeline.serving.publish import versions_of
+from tfrs_pipeline.service.publish import versions_of
 
 if TYPE_CHECKING:
     from tfrs_pipeline.config import RunConfig

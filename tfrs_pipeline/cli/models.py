@@ -17,13 +17,13 @@ from rich.text import Text
 from tfrs_pipeline.cli.console import native_errors_to, say, shown
 from tfrs_pipeline.cli.flags import OfModel, PositionalPath
 from tfrs_pipeline.messages import counted, printable
-from tfrs_pipeline.serving.publish import version_at
-from tfrs_pipeline.serving.settings import ServeSettings, listening, read_token
+from tfrs_pipeline.service.publish import version_at
+from tfrs_pipeline.service.settings import ServeSettings, listening, read_token
 from tfrs_pipeline.settings import refuse
 
 
 def _checked_destination(path: Path) -> Path:
-    from tfrs_pipeline.serving.vectors import destination_problem
+    from tfrs_pipeline.service.vectors import destination_problem
 
     if problem := destination_problem(path):
         refuse([("", problem)])
@@ -48,7 +48,7 @@ class Serve(ServeSettings, OfModel):
         if self.token_file is not None:
             read_token(self.token_file)
         listening(self.host, self.port).close()  # Refuses a port in use.
-        from tfrs_pipeline.serving.server import serve
+        from tfrs_pipeline.service.server import serve
 
         # Answers report errors too, but a server's log must say when they happened.
         logging.getLogger("tfrs_pipeline").setLevel(logging.INFO)
@@ -108,8 +108,8 @@ class Recommend(OfModel):
     def __call__(self) -> int:
         """Writes the file and says how fast."""
         version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
-        from tfrs_pipeline.serving.recommend import recommend
-        from tfrs_pipeline.serving.retriever import load
+        from tfrs_pipeline.service.recommend import recommend
+        from tfrs_pipeline.service.retriever import load
 
         console, model = Console(), load(version)
         options: dict[str, Any] = {"users": self.users, "k": self.k, "allowed": self.filter}
@@ -149,12 +149,12 @@ class WriteLog(OfModel):
 
     def __call__(self) -> int:
         """Records, writes and deletes as asked, and says how many rows."""
-        from tfrs_pipeline.serving.log_of_service import record_file, write_log
-        from tfrs_pipeline.serving.user_events import Journal
+        from tfrs_pipeline.service.log_of_service import record_file, write_log
+        from tfrs_pipeline.service.user_events import Journal
 
         console, journal = Console(), Journal(version_at(self.model).parent)
         if self.add is not None:
-            from tfrs_pipeline.serving.retriever import load
+            from tfrs_pipeline.service.retriever import load
 
             model = load(self.model)
             recorded = record_file(model, self.add)
@@ -192,8 +192,8 @@ class Vectors(OfModel):
     def __call__(self) -> int:
         """Writes the file and says what is in it."""
         version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
-        from tfrs_pipeline.serving.retriever import load
-        from tfrs_pipeline.serving.vectors import write_vectors
+        from tfrs_pipeline.service.retriever import load
+        from tfrs_pipeline.service.vectors import write_vectors
 
         about = write_vectors(load(version, exact=True), self.file)
         lengths = "{min_norm:.3g} to {max_norm:.3g}".format(**about)
@@ -209,7 +209,7 @@ class Vectors(OfModel):
 
 if TYPE_CHECKING:
     from tfrs_pipeline.features.feature import Feature
-    from tfrs_pipeline.serving.retriever import LoadedRetriever
+    from tfrs_pipeline.service.retriever import LoadedRetriever
 
 
 class Query(OfModel):
@@ -255,7 +255,7 @@ class Query(OfModel):
         """Queries the model and prints the answer."""
         version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
         gc.disable()  # The import makes many objects, and all of them stay.
-        from tfrs_pipeline.serving.retriever import load
+        from tfrs_pipeline.service.retriever import load
 
         gc.enable()
         retriever = load(version, exact=self.exact)

@@ -39,7 +39,7 @@ from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
 from tfrs_pipeline.run.steps import RunContext, as_lines
 from tfrs_pipeline.run.warm_start_settings import resolve_settings
-from tfrs_pipeline.serving.publish import NotPublished
+from tfrs_pipeline.service.publish import NotPublished
 
 # Settings within tables that the short help shows.
 BRIEF = (

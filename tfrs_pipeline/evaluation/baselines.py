@@ -31,8 +31,8 @@ from tfrs_pipeline.evaluation.interactions import (
     history_matrix,
     items_of,
 )
-from tfrs_pipeline.evaluation.topk import ScoreRetriever, best_places
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, Retriever, check_asked
+from tfrs_pipeline.search.topk import ScoreRetriever, best_places
 
 if TYPE_CHECKING:
     from implicit.cpu.als import AlternatingLeastSquares

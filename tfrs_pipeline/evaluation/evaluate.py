@@ -24,8 +24,8 @@ from tfrs_pipeline.evaluation.results import (
     SliceResult,
     with_intervals,
 )
-from tfrs_pipeline.evaluation.topk import top_k_in_blocks
 from tfrs_pipeline.retrieval import Query, Retriever
+from tfrs_pipeline.search.topk import top_k_in_blocks
 
 QUERIES_PER_CALL = 1024
 

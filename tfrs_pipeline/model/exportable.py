@@ -14,8 +14,8 @@ from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.samples.store import RowLists
+from tfrs_pipeline.search.repeats import RepeatBonus
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -13,19 +13,19 @@ from tfrs_pipeline.data.held_out_queries import Holdout
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Exclude
-from tfrs_pipeline.evaluation.topk import ExactRetriever, ScoreRetriever
+from tfrs_pipeline.export.encoder import Encoder, embed_queries
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.custom_parts import tables_in
-from tfrs_pipeline.model.encoder import Encoder, embed_queries
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.repeat_choice import bonus_for
-from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries, check_requests
 from tfrs_pipeline.samples.latest_histories import disliked_rows, latest_histories, seen_rows
+from tfrs_pipeline.search.repeats import RepeatBonus
+from tfrs_pipeline.search.topk import ExactRetriever, ScoreRetriever
 
 QueryEncoder: TypeAlias = Callable[[Sequence[Query]], np.ndarray]
 """Embeds queries that `check_queries` has passed: [n, D] float32."""

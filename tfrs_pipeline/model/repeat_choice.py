@@ -12,10 +12,10 @@ from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.bootstrap import Outcome, bootstrap_intervals
 from tfrs_pipeline.evaluation.evaluate import Truth, rankings_of
 from tfrs_pipeline.evaluation.metrics import Metric, metric_of
-from tfrs_pipeline.evaluation.topk import merge, top_k_in_blocks
 from tfrs_pipeline.model.distribution import on_chief
-from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.settings import TrainingSettings
+from tfrs_pipeline.search.repeats import RepeatBonus
+from tfrs_pipeline.search.topk import merge, top_k_in_blocks
 
 # What validation chooses from. Weights are in standard deviations of a query's scores. Where people
 # do not return to items, a negative one wins: an item's vector in the history makes it look likely.

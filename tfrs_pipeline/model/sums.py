@@ -23,7 +23,6 @@ from tfrs_pipeline.evaluation.baselines import Ials
 from tfrs_pipeline.evaluation.bootstrap import Interval, mean_interval
 from tfrs_pipeline.evaluation.evaluate import Truth, measure_vectors
 from tfrs_pipeline.evaluation.metrics import Metric, metric_of
-from tfrs_pipeline.evaluation.topk import ExactRetriever, ScoreRetriever
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.model.exportable import Exportable
@@ -31,11 +30,12 @@ from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, QueryEncoder, encoder_of
 from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.repeat_choice import bonus_for
-from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.settings import TrainingSettings
 from tfrs_pipeline.model.tf_tables import embed_corpus
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries
+from tfrs_pipeline.search.repeats import RepeatBonus
+from tfrs_pipeline.search.topk import ExactRetriever, ScoreRetriever
 
 # What a further member's score may weigh, in units of its spread; the first has 1.
 WEIGHTS = (0.3, 0.6, 1.0)

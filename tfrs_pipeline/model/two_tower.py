@@ -19,7 +19,6 @@ from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.durable import hold_to, refuse_others
 from tfrs_pipeline.evaluation.evaluate import check_measurable, evaluate
 from tfrs_pipeline.evaluation.metrics import PLAIN, Metric, metric_of
-from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.messages import line_writer
 from tfrs_pipeline.model import distribution
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, Corpus, TrainingSet
@@ -39,6 +38,7 @@ from tfrs_pipeline.model.towers import FeatureTable, Tower, candidate_tower, que
 from tfrs_pipeline.model.warm_start import WarmStart, add_item_factors
 from tfrs_pipeline.negatives.samplers import FunnelLosers, HardKind, SharedKind
 from tfrs_pipeline.samples.store import Samples, resampling_rate
+from tfrs_pipeline.search.topk import ExactRetriever
 from tfrs_pipeline.settings import Listed, refuse
 
 TowerLike: TypeAlias = Callable[..., Any]

@@ -11,7 +11,7 @@ from typing import Any
 from tfrs_pipeline.data.schema import ASKED
 from tfrs_pipeline.evaluation.bootstrap import Interval, Outcome
 from tfrs_pipeline.evaluation.results import find_metric
-from tfrs_pipeline.serving.index import SMALLEST_SCANN_CORPUS
+from tfrs_pipeline.search.settings import SMALLEST_SCANN_CORPUS
 
 Metrics = Mapping[str, Any]
 # Outcomes of the model against a baseline: the answer to "is it better?", and what it does.

@@ -19,7 +19,7 @@ from tfrs_pipeline.config import (
 )
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.messages import beside
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, versions_of
+from tfrs_pipeline.service.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.settings import ConfigError
 
 CONFIG_FILE, METRICS_FILE, COMPARISON_FILE = "config.toml", "metrics.json", "comparison.json"

@@ -13,14 +13,14 @@ from tfrs_pipeline.data.schema import ASKED
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.results import Evaluation
-from tfrs_pipeline.evaluation.topk import ExactRetriever
 from tfrs_pipeline.features.encoding import request_signature
 from tfrs_pipeline.messages import sentence
-from tfrs_pipeline.model.exclusions import rule_of_version
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.run.folder import RunFolder
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, NotPublished, versions_of
-from tfrs_pipeline.serving.retriever import LoadedRetriever, load
+from tfrs_pipeline.search.exclusions import rule_of_version
+from tfrs_pipeline.search.topk import ExactRetriever
+from tfrs_pipeline.service.publish import MANIFEST_FILE, NotPublished, versions_of
+from tfrs_pipeline.service.retriever import LoadedRetriever, load
 
 IN_SERVICE = "in_service"  # The version's name in an evaluation.
 BEST_MEMBER = "best_member"  # The name of the first member of a sum.

@@ -22,7 +22,7 @@ from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.data import RunData, final_part
 from tfrs_pipeline.run.steps import RunContext
-from tfrs_pipeline.serving.publish import publishing
+from tfrs_pipeline.service.publish import publishing
 
 if TYPE_CHECKING:
     from tfrs_pipeline.model.sums import Model

@@ -20,11 +20,11 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.raw import in_blocks
 from tfrs_pipeline.messages import SILENT, Progress
 from tfrs_pipeline.run.steps import Runner, Step
-from tfrs_pipeline.serving import publish
-from tfrs_pipeline.serving.index import Search
+from tfrs_pipeline.search.settings import Search
+from tfrs_pipeline.service import publish
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.serving.retriever import LoadedRetriever
+    from tfrs_pipeline.service.retriever import LoadedRetriever
 
 # Shown during an export, a run's too: it may take minutes.
 WRITING = "builds the index, writes it, and has a fresh process load it and answer"
@@ -113,7 +113,7 @@ def _read_items(refresh: _Refresh) -> pa.Table:
 
 
 def _load(refresh: _Refresh) -> "LoadedRetriever":
-    from tfrs_pipeline.serving.retriever import load
+    from tfrs_pipeline.service.retriever import load
 
     # The towers and the version's own items are needed, not its index.
     return load(refresh.model, exact=True, live=False)
@@ -178,7 +178,7 @@ def _embed(
 
     Returns these items, [n, D] float32, and how many of them the training did not have.
     """
-    from tfrs_pipeline.model.encoder import ITEMS_PER_CALL
+    from tfrs_pipeline.export.encoder import ITEMS_PER_CALL
 
     path = refresh.path
     features, blocks = [feature.name for feature in model.features["candidate"]], []
@@ -224,7 +224,7 @@ def _embed(
 def _export(
     refresh: _Refresh, model: "LoadedRetriever", embedded: tuple[pa.Table, np.ndarray, int]
 ) -> Refreshed:
-    from tfrs_pipeline.serving.export import ExportOptions, describe_index, export_index
+    from tfrs_pipeline.export.export import ExportOptions, describe_index, export_index
 
     refresh.progress.task("export", 0, 0, WRITING)
     items, embeddings, num_untrained = embedded

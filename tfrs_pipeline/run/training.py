@@ -20,13 +20,13 @@ from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.optimizer import make_optimizer
-from tfrs_pipeline.model.repeats import RepeatBonus
 from tfrs_pipeline.model.sums import FittedSum, Member, Model
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import WarmStart
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.steps import RunContext, Step
+from tfrs_pipeline.search.repeats import RepeatBonus
 
 Training: TypeAlias = Literal["selection", "refit"]
 

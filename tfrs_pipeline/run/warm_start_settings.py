@@ -7,7 +7,7 @@ from tfrs_pipeline import durable
 from tfrs_pipeline.config import MemberConfig, RunConfig, plan_settings, with_settings
 from tfrs_pipeline.model.settings import shape_problems
 from tfrs_pipeline.run.folder import RunFolder, check_model_name
-from tfrs_pipeline.serving.publish import MANIFEST_FILE, version_at
+from tfrs_pipeline.service.publish import MANIFEST_FILE, version_at
 from tfrs_pipeline.settings import ConfigError, refuse
 
 

@@ -1,0 +1,16 @@
+"""The models of the tests of service, which an export makes."""
+
+from tests.service.conftest import (  # noqa: F401
+    exported,
+    films,
+    folder,
+    int_folder,
+    kind,
+    loaded,
+    loaded_once,
+    model,
+    running,
+    served,
+    small,
+    writable,
+)

@@ -1,0 +1,485 @@
+"""Answers that can be traced, and the log that they and the events make."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.service.running_server import PREDICT, Running, retrieve_user, send, until
+from tests.service.test_user_events import event
+from tfrs_pipeline import ConfigError, Log, Reading, load, write_log
+from tfrs_pipeline.durable import StorageError
+from tfrs_pipeline.service import log_of_service, user_events
+from tfrs_pipeline.service.settings import Lately, ServeSettings
+from tfrs_pipeline.service.user_events import JOURNAL_FILE, Answer, Event, Journal, Recorder
+
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
+
+def answer(id_: str, users: list[Any], items: list[list[Any]], time: int = 5) -> Answer:
+    arrays = (np.array(x, object if isinstance(users[0], bytes) else int) for x in (users, items))
+    return Answer(id_, time, 3, *arrays)
+
+
+def served(journal: Journal) -> list[tuple[Any, ...]]:
+    with journal.writing() as connection:
+        return connection.execute("SELECT * FROM served").fetchall()
+
+
+def test_an_answer_is_kept_as_it_was_served(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    answers = [
+        answer("one", [7], [[30, 10, 20, -1]]),
+        answer("two", [8, -1, 9], [[1, 2], [3, 4], [5, -1]]),
+        answer("text", [b"Zo\xc3\xab"], [[b"f\xc3\xa9", b""]]),
+        answer("one", [8], [[40]]),  # A request_id that is there already.
+        # As the search of `tp.load` returns it.
+        Answer(
+            "texts", 5, 3, np.array(["Ann", ""], object), np.array([["a", ""], ["b", ""]], object)
+        ),
+    ]
+    assert journal.write([], answers) == []
+    rows = {id_: (user, version, items) for id_, user, _, version, items in served(journal)}
+    assert rows == {
+        "one": (7, 3, "[30, 10, 20]"),
+        "two.0": (8, 3, "[1, 2]"),
+        "two.2": (9, 3, "[5]"),
+        "text": ("Zoë", 3, '["f\\u00e9"]'),
+        "texts.0": ("Ann", 3, '["a"]'),
+    }
+    assert journal.forget([7]) == [1]
+    assert "one" not in {row[0] for row in served(journal)}
+
+
+def test_answers_wait_for_others_and_never_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(user_events, "_ANSWER_SECONDS", 0.2)
+    recorder = Recorder(Journal(tmp_path))
+    for n in range(20):
+        assert recorder.keep(answer(f"a{n}", [n], [[1]]))
+    assert not (tmp_path / JOURNAL_FILE).exists()
+    until(lambda: (tmp_path / JOURNAL_FILE).exists() and len(served(Journal(tmp_path))) == 20)
+    # An event takes them along; a stop writes what is left.
+    monkeypatch.setattr(user_events, "_ANSWER_SECONDS", 60.0)
+    recorder.keep(answer("b", [1], [[1]]))
+    assert recorder.submit([Event(1, 1, 1, "clicked", None, None)]).result(5) == 1
+    assert len(served(Journal(tmp_path))) == 21
+    recorder.keep(answer("c", [1], [[1]]))
+    # A deletion also takes what waits.
+    recorder.keep(answer("d", [77], [[1]]))
+    assert recorder.forget(77).result(5) == 1
+    recorder.close()
+    assert len(served(Journal(tmp_path))) == 22
+    # Too many for the disk are dropped, and a full disk drops them too.
+    recorder = Recorder(Journal(tmp_path))
+    monkeypatch.setattr(user_events, "_MAX_WAITING", 0)
+    assert not recorder.keep(answer("d", [1], [[1]]))
+    monkeypatch.undo()
+    monkeypatch.setattr(Journal, "write", lambda *_: (_ for _ in ()).throw(StorageError("full")))
+    assert recorder.keep(answer("e", [1], [[1]]))
+    recorder.close()
+    monkeypatch.undo()
+    assert len(served(Journal(tmp_path))) == 22
+
+
+@pytest.fixture
+def running(films: Path) -> Iterator[Running]:
+    with Running(films, takes_writes=True, record_share=1) as running:
+        yield running
+
+
+def ask(running: Running, body: Any, request_id: str | None = None) -> Any:
+    headers = {} if request_id is None else {"X-Request-ID": request_id}
+    return running.post(PREDICT, json=body, headers=headers)
+
+
+def test_the_log_holds_what_was_served_and_done(running: Running, tmp_path: Path) -> None:
+    response = ask(running, retrieve_user([102], [[]], 6), "mine")
+    assert response.headers["x-request-id"] == "mine"
+    assert response.headers["x-model-version"] == "1"
+    items = response.json()["outputs"]["candidate_ids"][0]
+    new_id = ask(running, {"inputs": [103, 104]}).headers["x-request-id"]
+    assert new_id != ask(running, retrieve_user([-1], [[]], 6)).headers["x-request-id"]
+    assert ask(running, retrieve_user([102], [[]], 6), "x" * 201).status_code == 400
+    ask(running, {"signature_name": "embed_user", "inputs": {"user_id": [102]}}, "embedded")
+    types = {1: ["view", "click"], 2: ["view"], 3: ["pre_ranked"], 4: ["dislike"]}
+    start = time.time()
+    events = [
+        event(102, items[n], type_, request_id="mine", time=start + 10 * position)
+        for n, item_types in types.items()
+        for position, type_ in enumerate(item_types)
+    ]
+    alone = [event(102, items[0], type_, time=start + 60) for type_ in ("view", "click")]
+    assert send(running, {"events": [*events, *alone]}).json()["num_new"] == 7
+    model = running.server.versions._path
+    num_rows = write_log(model, tmp_path / "log.parquet")
+    table = pq.read_table(tmp_path / "log.parquet")
+    rows = table.to_pylist()
+    assert num_rows == len(rows) == 6 + 2 * 60 - 6 - 8 + 1
+    assert [row["timestamp"] for row in rows] == sorted(row["timestamp"] for row in rows)
+    mine = {row["item_id"]: row for row in rows if row["request_id"] == "mine"}
+    stages = ["retrieved", "clicked", "exposed", "pre_ranked", "disliked", "retrieved"]
+    assert [mine[item]["stage"] for item in items] == stages
+    assert [mine[item]["rank"] for item in items] == [1, 2, 3, 4, 5, 6]
+    clicked = mine[items[1]]["timestamp"].timestamp()
+    assert clicked == pytest.approx(start + 10, abs=1e-3)
+    (row,) = (row for row in rows if row["request_id"] is None)
+    assert (row["item_id"], row["stage"], row["rank"]) == (items[0], "clicked", None)
+    others = [row for row in rows if row["request_id"] in (f"{new_id}.0", f"{new_id}.1")]
+    assert {row["user_id"] for row in others} == {103, 104}
+    assert {row["stage"] for row in others} == {"retrieved"}
+    # It can be read as a log without any settings.
+    log = Log.from_files(tmp_path / "log.parquet")
+    counts = log.events.group_by("stage").agg(num=log.events.count()).to_pyarrow().to_pylist()
+    assert {row["stage"]: row["num"] for row in counts}["clicked"] == 2
+    assert log.events.count().to_pyarrow().as_py() == num_rows
+
+
+def served_ids(running: Running, **more: Any) -> list[int]:
+    response = running.post(PREDICT, json=retrieve_user([102], [[]], 5) | more)
+    assert response.status_code == 200, response.text
+    return response.json()["outputs"]["candidate_ids"][0]
+
+
+def test_what_was_served_lately_is_left_out(films: Path) -> None:
+    best = load(films).retrieve_user([102], 60)[0][0].tolist()
+    lately: dict[str, Any] = {"record_share": 1, "exclude_served_answers": 2}
+    with Running(films, **lately) as running:
+        assert [served_ids(running) for _ in range(3)] == [best[:5], best[5:10], best[10:15]]
+        # Two answers are left out, not three; and a request has the last word.
+        assert served_ids(running) == best[:5]
+        assert served_ids(running, exclude_served={"answers": 0}) == best[:5]
+        assert served_ids(running, exclude_served={"hours": 0.5}) == best[15:20]
+        # Several users in a call, each by their own answers, and what the request excludes.
+        body = retrieve_user([103, 102, 999], [[-1], [best[20]], [-1]], 5)
+        other = load(films).retrieve_user([103, 999], 60)[0].tolist()
+        outputs = running.predict(**body, exclude_served={"hours": 1})["outputs"]
+        assert outputs["candidate_ids"] == [other[0][:5], best[21:26], other[1][:5]]
+        # A signature without `exclude` as an input, and a user of no id.
+        body = {"inputs": [103], "exclude_served": {"answers": 1}}
+        rest = [item for item in other[0][5:] if item != -1]
+        assert running.predict(**body)["outputs"]["candidate_ids"][0][: len(rest)] == rest
+        alike = [
+            running.predict(**retrieve_user([-1], [[]], 5), exclude_served={"hours": 1})
+            for _ in range(2)
+        ]
+        assert alike[0] == alike[1]
+        # Answers that are on disk, and are older than an hour, or of another user.
+        journal = Journal(films)
+        past = round(1000 * (time.time() - 5400))
+        journal.write([], [answer("old", [102], [best[30:33]], past)])
+        journal.write([], [answer("of another", [100], [best[26:]], past)])
+        assert served_ids(running, exclude_served={"hours": 1}) == [best[20], *best[26:30]]
+        assert served_ids(running, exclude_served={"hours": 2}) == best[33:38]
+    # A server that starts later, like another one of the folder, reads what this one recorded.
+    with Running(films, **lately) as running:
+        assert served_ids(running, exclude_served={"hours": 2}) == best[38:43]
+        assert served_ids(running, exclude_served={"answers": 1}) == best[:5]
+        wrong: list[Any] = [
+            {"answers": -1},
+            {"answer": 3},
+            [3],
+            3,
+            {"answers": 1001},
+            {"hours": -1},
+        ]
+        wrong += [{"answers": "2"}, {"answers": True}, {"hours": ""}]
+        for value in wrong:
+            response = running.post(
+                PREDICT, json=retrieve_user([1], [[]], 5) | {"exclude_served": value}
+            )
+            assert (response.status_code, "exclude_served" in response.text) == (400, True), value
+        # Those that cannot leave anything out say so.
+        for name, inputs, missing in (
+            ("similar", {"item_id": [best[0]], "exclude": [[]], "k": 3}, "user_id"),
+            ("embed_user", {"user_id": [102]}, "exclude"),
+        ):
+            body = {"signature_name": name, "inputs": inputs, "exclude_served": {"answers": 1}}
+            response = running.post(PREDICT, json=body)
+            told = f"exclude_served: '{name}' has no input '{missing}'"
+            assert (response.status_code, told in response.text) == (400, True)
+
+
+def test_an_answer_that_waits_to_be_written_counts_once(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    recorder, lately = Recorder(journal), Lately(answers=2)
+    journal.write([], [answer("a", [7], [[1, 2]], 10), answer("b", [7], [[3]], 20)])
+    recorder.keep(answer("b", [7], [[3]], 20))
+    assert recorder.served_lately([7], lately) == [[3, 1, 2]]
+    recorder.keep(answer("c", [7, 8], [[4, -1], [5, 6]], 30))
+    recorder.keep(answer("c", [7, 8], [[4, -1], [5, 6]], 30))
+    assert recorder.served_lately([7, 8, 9], lately) == [[4, 3], [5, 6], []]
+    recorder.close()
+    assert recorder.served_lately([7, 8, 9], lately) == [[4, 3], [5, 6], []]
+    assert recorder._waiting == {}
+
+
+def test_a_deletion_holds_up_no_request(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    recorder, lately = Recorder(journal), Lately(answers=2)
+    journal.write([], [answer("a", [7], [[1, 2]], 10)])
+    # A deletion holds the connection that writes while the file is written anew.
+    with ThreadPoolExecutor(1) as threads, journal.writing():
+        assert threads.submit(recorder.served_lately, [7], lately).result(10) == [[1, 2]]
+    recorder.close()
+
+
+def test_only_a_server_that_records_all_answers_leaves_them_out(int_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"exclude_served_hours: got 0\.5 with record_share 0\.9"):
+        ServeSettings(record_share=0.9, exclude_served_hours=0.5)
+    with Running(int_folder) as running:
+        body = retrieve_user([102], [[]], 5) | {"exclude_served": {"answers": 1}}
+        response = running.post(PREDICT, json=body)
+        assert (response.status_code, "--record-share 1" in response.text) == (400, True)
+
+
+def test_blocks_do_not_change_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, films: Path
+) -> None:
+    journal = Journal(films)
+    types = ("clicked", "exposed", "ranked", "disliked")
+    events = [Event(n % 3, n, n % 5, types[n % 4], None, None) for n in range(40)]
+    journal.write([events], [answer("a", [1, 2], [[1, 2], [3, 4]])])
+    assert write_log(films, tmp_path / "whole.parquet") == 44
+    monkeypatch.setattr(log_of_service, "BLOCK", 7)
+    assert write_log(load(films), tmp_path / "blocks.parquet") == 44
+    whole, blocks = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("whole", "blocks"))
+    assert whole.equals(blocks)
+    assert whole.schema.field("timestamp").type == pa.timestamp("ms", tz="UTC")
+
+
+def test_a_model_of_the_log_does_not_count_its_events_twice(films: Path, tmp_path: Path) -> None:
+    when = datetime(2026, 5, 1, 12, 30, 15, 123_456, UTC)
+    load(films).record([event(100, n, time=when) for n in (3, 10)])
+    write_log(films, tmp_path / "log.parquet")
+    log = Log.from_files(tmp_path / "log.parquet")
+    last = log.events["timestamp"].max().to_pyarrow().as_py()
+    # The time that an export notes as the end of its histories is exactly that of the last event.
+    (newest, *_) = Journal(films).of_users([100])[100][::-1]
+    assert round(1000 * last.timestamp()) == newest.time
+
+
+def test_the_command(films: Path, tmp_path: Path, command: Any) -> None:
+    done = command("log", films, "--out", tmp_path / "log.parquet")
+    assert (done.code, "Nothing has been recorded" in done.err) == (1, True)
+    assert not (tmp_path / "log.parquet").exists()
+    load(films).record([event(100, 3)])
+    done = command("log", films, "--out", tmp_path / "log.parquet")
+    assert (done.code, done.err, done.out.endswith("log.parquet: 1 row\n")) == (0, "", True)
+
+
+def test_the_command_drops_what_is_old(films: Path, tmp_path: Path, command: Any) -> None:
+    now, day = time.time(), 86_400
+    load(films).record([event(100, 3, time=now - day * n) for n in (0, 1, 9, 11, 40)])
+    for n in (1, 30):
+        past = round(1000 * (now - day * n))
+        Journal(films).write([], [answer(f"secret {n}", [100], [[10, 17]], past)])
+    done = command("log", films, "--out", tmp_path / "log.parquet", "--drop-older-days", 10)
+    assert (done.code, done.err) == (0, "")
+    # The file is written first, so that no row is lost between the two.
+    assert pq.read_metadata(tmp_path / "log.parquet").num_rows == 5 + 2 * 2
+    assert "log.parquet: 9 rows\ndropped  2 events and 1 answer from before 20" in done.out
+    assert [round((now - e.time / 1000) / day) for e in Journal(films).of_users([100])[100]] == [
+        9,
+        1,
+        0,
+    ]
+    content = b"".join(path.read_bytes() for path in films.glob(f"{JOURNAL_FILE}*"))
+    assert (b"secret 30" in content, b"secret 1" in content) == (False, True)
+    done = command("log", films, "--drop-older-days", 10)
+    assert (done.code, "dropped  0 events and 0 answers" in done.out) == (0, True)
+    for flags in ([], ["--drop-older-days", 0], ["--drop-older-days", 1e9]):
+        assert command("log", films, *flags).code == 2
+
+
+def test_no_log_is_replaced_once_rows_were_dropped(
+    films: Path, tmp_path: Path, command: Any
+) -> None:
+    now, day, out = time.time(), 86_400, tmp_path / "logs" / "log.parquet"
+    out.parent.mkdir()
+    old, newer = (now - 20 * day, 3), (now - 5 * day, 5)
+    load(films).record([event(100, item, time=time_) for time_, item in (old, newer)])
+    flags = ["log", films, "--drop-older-days", 10, "--out"]
+    # While nothing has been dropped, the file is replaced each night.
+    assert command(*flags[:3], 30, "--out", out).code == 0
+    assert "dropped  1 event" in command(*flags, out).out
+    # The next night. Nothing is written and nothing dropped.
+    whole = out.read_bytes()
+    late = event(100, 7, time=now - 15 * day)
+    load(films).record([late, event(100, 9)])
+    done = command(*flags, out)
+    assert done.code == 1
+    assert "have been dropped from" in done.err
+    assert "log-20" in done.err
+    with pytest.raises(ValueError, match="replacing the file may lose them"):
+        write_log(films, out)
+    assert out.read_bytes() == whole
+    assert [e.item_id for e in Journal(films).of_users([100])[100]] == [7, 5, 9]
+    # A file for each night, as the message says: together they have each row, once.
+    assert command(*flags, out.with_name("log-2.parquet")).code == 0
+    log = Log.from_files(out.parent, reading=Reading(duplicates="drop"))
+    rows = log.events.order_by("timestamp").to_pyarrow().to_pylist()
+    assert [row["item_id"] for row in rows] == [3, 7, 5, 9]
+    # Nothing was dropped from another store.
+    Journal(films).path.unlink()
+    load(films).record([event(100, 9)])
+    out.write_bytes(whole)
+    assert write_log(films, out) == 1
+
+
+def test_past_events_are_recorded_from_a_file(
+    films: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    types = ("click", "view", "dislike", "ranked")
+    events = [
+        event(n % 7, n % 5, types[n % 4], time=1_770_000_000 + n // 3, request_id=f"r{n % 9}")
+        for n in range(90)
+    ]
+    load(films).record(events)
+    write_log(films, tmp_path / "log.parquet")
+    other = Path(shutil.copytree(films, tmp_path / "other" / "films"))
+    Journal(other).path.unlink()
+    monkeypatch.setattr(log_of_service, "_EVENTS_PER_WRITE", 7)
+    # Tomorrow's store holds what today's log does, and adding it again changes nothing.
+    done = command("log", other, "--add", tmp_path / "log.parquet", "--out", tmp_path / "2.parquet")
+    num = pq.read_metadata(tmp_path / "log.parquet").num_rows
+    assert (done.code, f"{num} events, {num} new" in done.out) == (0, True)
+    again, first = (pq.read_table(tmp_path / name) for name in ("2.parquet", "log.parquet"))
+    assert again.equals(first)
+    done = command("log", other, "--add", tmp_path / "log.parquet")
+    assert f"{num} events, 0 new" in done.out
+    # The keys of events, in any order of users and times, with ids of the client's own.
+    rows = [{**row, "event_id": str(n), "note": "x"} for n, row in enumerate(events[::-1])]
+    rows = [{**row, "time": datetime.fromtimestamp(row["time"], UTC)} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "keys.parquet")
+    Journal(other).path.unlink()
+    assert log_of_service.record_file(load(other), tmp_path / "keys.parquet")[:2] == (90, 90)
+    assert log_of_service.record_file(load(other), tmp_path / "keys.parquet")[:2] == (90, 0)
+    missing = tmp_path / "missing.parquet"
+    of_users = [Journal(folder).of_users(range(7)) for folder in (films, other)]
+    by_time = [
+        {user: sorted(e[1:5] for e in rows) for user, rows in users.items()} for users in of_users
+    ]
+    assert by_time[0] == by_time[1]
+    # Wrong files are refused in a line that says what to do.
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table.drop_columns("time"), tmp_path / "keys.parquet")
+    done = command("log", other, "--add", tmp_path / "keys.parquet")
+    assert (done.code, "no column 'time'" in done.err, "or timestamp" in done.err) == (
+        1,
+        True,
+        True,
+    )
+    wrong = pa.array(["buy", *["view"] * 89])
+    pq.write_table(table.set_column(2, "type", wrong), tmp_path / "keys.parquet")
+    done = command("log", other, "--add", tmp_path / "keys.parquet")
+    assert (done.code, "keys.parquet, row 1: " in done.err) == (1, True)
+    assert "type: must be one of click" in done.err
+    # A time without a zone may be that of any clock.
+    naive = table["time"].cast(pa.timestamp("us"))
+    pq.write_table(table.set_column(table.schema.get_field_index("time"), "time", naive), missing)
+    done = command("log", other, "--add", missing)
+    assert (done.code, "time: needs a time zone; a column of times" in done.err) == (1, True)
+    # A time that is missing would be that of the command.
+    wrong = pa.array([None, *table["time"][1:]], table["time"].type)
+    pq.write_table(table.set_column(table.schema.get_field_index("time"), "time", wrong), missing)
+    done = command("log", other, "--add", missing)
+    assert (done.code, "column 'time' is missing in 1 of 90 rows" in done.err) == (1, True)
+    (tmp_path / "keys.csv").write_text("user_id,item_id,type,time\n1,2,click,1770000000\n")
+    done = command("log", other, "--add", tmp_path / "keys.csv")
+    assert (done.code, "come in a .parquet file" in done.err) == (1, True)
+    assert Journal(other).of_users(range(7)) == of_users[1]  # Nothing was recorded.
+
+
+def test_past_events_that_change_no_history_are_counted(
+    films: Path, tmp_path: Path, command: Any
+) -> None:
+    activity = load(films).activity
+    assert activity is not None
+    end = datetime.fromtimestamp(activity.until / 1000, UTC)
+    later = [end + timedelta(milliseconds=n) for n in range(-1, 4)]
+    items, file = [3, 10, 17, 999_999, 24], tmp_path / "past.parquet"
+    past = {"user_id": [999] * 5, "item_id": items, "type": ["click"] * 5, "time": later}
+    pq.write_table(pa.table(past), file)
+    done = command("log", films, "--add", file)
+    lines = [" ".join(line.split()) for line in done.out.splitlines()]
+    assert lines[-2:] == [
+        "1 event of items that the model does not have now",
+        f"2 events from before the end of the model's log, {end:%Y-%m-%d %H:%M} UTC: they join no "
+        "history",
+    ]
+    assert "past.parquet: 5 events, 5 new" in done.out
+    # What it says is how the model answers.
+    assert load(films).stored_history(999) == [24, 999_999, 17]
+    known = pq.read_table(file).filter(pa.array([False, False, True, False, True]))
+    pq.write_table(known, file)
+    assert command("log", films, "--add", file).out.endswith("past.parquet: 2 events, 0 new\n")
+
+
+def test_a_log_of_models_with_numbers_and_with_text_as_ids_has_text(
+    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items were numbers until the first one with a letter came."""
+    monkeypatch.setattr(log_of_service, "BLOCK", 1)
+    journal, path = Journal(films), tmp_path / "log.parquet"
+    journal.write([[Event(7, 1, 3, "clicked", None, None)]], [answer("a", [7], [[3, 10]], 2)])
+    write_log(films, path)
+    assert pq.read_table(path)["item_id"].to_pylist() == [3, 3, 10]
+    journal.write([[Event(7, 4, "A1", "clicked", None, None)]])
+    write_log(films, path)
+    rows = pq.read_table(path).to_pylist()
+    expected = [(7, "3"), (7, "3"), (7, "10"), (7, "A1")]
+    assert [(row["user_id"], row["item_id"]) for row in rows] == expected
+    journal.write([], [answer("b", [b"Ann"], [[b"A1"]], 5)])
+    write_log(films, path)
+    assert pq.read_table(path)["user_id"].to_pylist() == ["7", "7", "7", "7", "Ann"]
+
+
+def test_what_a_ranker_did_is_no_act_of_a_user(films: Path) -> None:
+    """An answer has a hundred retrieved items, which would push clicks out of the newest events."""
+    types = ("retrieved", "pre_ranked", "ranked", "clicked", "exposed", "disliked")
+    load(films).record([event(100, n, type_, time=1e9 + n) for n, type_ in enumerate(types)])
+    load(films).record([event(101, 1, "retrieved", time=1e9)])
+    journal = Journal(films)
+    (events,) = journal.of_users([100, 101]).values()
+    assert [event.type for event in events] == ["clicked", "exposed", "disliked"]
+    assert journal.user_ids() == [100]
+
+
+def test_an_old_event_that_comes_while_the_log_is_written_is_kept(
+    films: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = time.time() - 40 * 86_400
+    load(films).record([event(100, 3, time=old)])
+    write = log_of_service.write_log
+
+    def write_and_receive(model: Path, out: Path) -> int:
+        num_rows = write(model, out)
+        load(films).record([event(101, 5, time=old)])
+        return num_rows
+
+    monkeypatch.setattr(log_of_service, "write_log", write_and_receive)
+    flags = ["--out", tmp_path / "log.parquet", "--drop-older-days", 10]
+    done = command("log", films, *flags)
+    assert "1 row\ndropped  1 event and 0 answers" in done.out
+    assert [*Journal(films).of_users([100, 101])] == [101]
+
+
+def test_what_cannot_be_written_is_refused_at_the_start(
+    int_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(folder: Path) -> None:
+        raise StorageError(f"{folder}: Permission denied.")
+
+    monkeypatch.setattr("tfrs_pipeline.service.server.try_writing", closed)
+    with pytest.raises(StorageError, match="denied"):
+        Running(int_folder, record_share=0.5)

@@ -1,0 +1,1 @@
+"""From a fitted model to a version that serves; needs TensorFlow."""

@@ -1,0 +1,1 @@
+"""The one search: candidates, exact and with ScaNN, exclusions, filters, bonuses."""

@@ -1,0 +1,77 @@
+"""Which items no answer to a user holds: what the user disliked, always, and what they know.
+
+This is the one module that decides it for service: for the exported graph (`export/encoder.py`),
+for events (`service/user_histories.py`), and for answers by a history that the query brings
+(`LoadedRetriever.left_out`, which `recommend` and the command `query` call). The rule is the
+`evaluation.exclude` of the training, so that answers by user id leave out what the rankings of the
+test left out (`Holdout.excluded`). `Activity` also takes disliked items out of histories.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tfrs_pipeline.data.schema import SEEN, Exclude, Stage
+
+if TYPE_CHECKING:
+    from tfrs_pipeline.model.exportable import Exportable
+
+KNOWN_STAGES: Mapping[Exclude, Collection[Stage]] = {
+    "clicked": [Stage.CLICKED],
+    "seen": SEEN,
+    "none": [],
+}
+"""Rule -> the stages of events that make an item known to its user."""
+
+
+def rule_of(model: "Exportable") -> Exclude:
+    """Returns the rule of a model: `exclude`, or "none" with a repeat bonus, which needs them."""
+    return model.exclude if model.repeat_bonus is None else "none"
+
+
+def rule_of_version(manifest: Mapping[str, Any], *, has_bonus: bool = False) -> Exclude:
+    """Returns the rule of an exported version.
+
+    Early versions say in `excludes_known` whether known items are left out, or nothing: then they
+    are unless the graph `has_bonus`.
+    """
+    rule: Exclude = manifest.get("config", {}).get("evaluation", {}).get("exclude", "clicked")
+    if not manifest.get("excludes_known", not has_bonus):
+        rule = "none"
+    return manifest.get("exclude", rule)
+
+
+def left_out(rule: Exclude, known: Iterable[Any], disliked: Iterable[Any]) -> list[Any]:
+    """Returns what an answer to a user leaves out: ids, or tables that hold them.
+
+    Disliked items are left out by every rule.
+
+    Args:
+        rule: As `rule_of` returns it.
+        known: What the user knows by that rule.
+        disliked: What the user disliked, in the training's log or in service.
+
+    Example:
+        >>> left_out("clicked", ["v1", "v2"], ["v3"])
+        ['v1', 'v2', 'v3']
+        >>> left_out("none", ["v1", "v2"], ["v3"])
+        ['v3']
+    """
+    return [*(() if rule == "none" else known), *disliked]
+
+
+def left_out_by_history(
+    rule: Exclude, history: Iterable[Any], known: Iterable[Any], disliked: Iterable[Any]
+) -> list[Any]:
+    """Returns what an answer to a query that brings its history leaves out; see `left_out`.
+
+    The history takes the place of the clicks that the model knows; no history holds what the user
+    was only shown. Each item comes once.
+
+    Example:
+        >>> left_out_by_history("seen", ["v4"], ["v1", "v2"], ["v3"])
+        ['v4', 'v1', 'v2', 'v3']
+        >>> left_out_by_history("clicked", ["v4"], ["v1", "v2"], ["v3"])
+        ['v4', 'v3']
+    """
+    of_rule = left_out(rule, [*history, *(known if rule == "seen" else ())], disliked)
+    return list(dict.fromkeys(of_rule))  # What was clicked or disliked was also shown.

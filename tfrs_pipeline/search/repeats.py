@@ -1,0 +1,96 @@
+"""A bonus for the items of a user's history, where people buy, play or watch the same items again.
+
+The dot product alone ranks the items of a history poorly: each is one of the many that a history
+makes likely, and how often it occurred is lost in the mean. The bonus is added to their scores.
+These items are few, so they are scored exactly and merged with the best of the others, whatever
+index finds those.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.retrieval import Query, history_of
+from tfrs_pipeline.search.topk import ExactRetriever, ScoreRetriever
+
+# A pair of a line and a candidate row becomes one int64, line * _ROWS + row: rows are int32.
+_ROWS = 1 << 31
+
+
+@dataclass(frozen=True)
+class RepeatBonus:
+    """What is added to the score of an item of the query's history.
+
+        bonus(u, i) = weight * n(u, i)^power
+        n(u, i)     = sum over the occurrences of i in u's history of (1 + age)^-forgetting
+
+    The age counts the known items after an occurrence, so n is the number of occurrences without
+    forgetting; with it, old ones fade as memories do (Anderson and Schooler 1991, "Reflections of
+    the environment in memory"). The power is below 1: the tenth purchase says less than the second.
+    With power 0, the bonus is the weight. The whole history counts, not only the items that the
+    model reads.
+
+    Attributes:
+        weight: Factor, in units of scores. A negative one ranks the history's items lower.
+        power: From 0 to below 1.
+        forgetting: 0 or more; 0 counts all occurrences alike.
+    """
+
+    weight: float
+    power: float
+    forgetting: float
+
+    def __str__(self) -> str:
+        decay = f", each times (1 + age)^-{self.forgetting:g}" if self.forgetting else ""
+        return f"{self.weight:+.3g} * occurrences^{self.power:g}{decay}"
+
+    def of(self, histories: tf.RaggedTensor) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
+        """Returns the distinct known items of histories, and their bonuses; works in a graph too.
+
+        Args:
+            histories: [B, any] int32 candidate rows, most recent first; unknown items, 0, are left
+                out.
+
+        Returns:
+            [B, any] int32 candidate rows, in the order of their last occurrence, most recent first;
+            and their bonuses, [B, any] float32.
+        """
+        known = tf.ragged.boolean_mask(histories, histories > 0)
+        lines = tf.cast(known.value_rowids(), tf.int64)
+        ages = tf.cast(tf.ragged.range(known.row_lengths()).values, tf.float32)
+        pairs, positions = tf.unique(lines * _ROWS + tf.cast(known.values, tf.int64))
+        n = tf.math.unsorted_segment_sum((1 + ages) ** -self.forgetting, positions, tf.size(pairs))
+        num_lines = histories.nrows(tf.int64)
+        rows, bonuses = (
+            tf.RaggedTensor.from_value_rowids(values, pairs // _ROWS, num_lines)
+            for values in (tf.cast(pairs % _ROWS, tf.int32), self.weight * n**self.power)
+        )
+        return rows, bonuses
+
+    def cells(
+        self, items: Ids, queries: Sequence[Query]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lists the bonuses of queries, line by line.
+
+        Returns, for each bonus, the position of its query from 0, [any] int64; the row of its item
+        among `items` from 1, [any] int32; and the bonus, [any] float32.
+        """
+        histories = [items.rows(history_of(query))[::-1] for query in queries]
+        values = np.concatenate([np.zeros(0, np.int32), *histories])
+        lengths = np.array([len(history) for history in histories], np.int64)
+        rows, bonuses = self.of(tf.RaggedTensor.from_row_lengths(values, lengths))
+        return rows.value_rowids().numpy(), rows.values.numpy(), bonuses.values.numpy()
+
+    def added_to(self, exact: ExactRetriever) -> ScoreRetriever:
+        """Returns a retriever that adds the bonus to the scores of an exact one."""
+
+        def score(queries: Sequence[Query]) -> np.ndarray:
+            scores = exact.score(queries)
+            lines, rows, bonuses = self.cells(exact.items, queries)
+            scores[lines, rows - 1] += bonuses
+            return scores
+
+        return ScoreRetriever(exact.items, score)

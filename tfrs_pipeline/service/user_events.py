@@ -1,0 +1,556 @@
+"""What users did in service, and what they were served: an SQLite file beside a model's versions.
+
+It belongs to the model's name. Every version reads it, and takes the events after the end of the
+log that it was trained on.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import queue
+import string
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from datetime import datetime
+from typing import Annotated, Any, NamedTuple, TypeAlias
+
+import numpy as np
+import pydantic
+from pydantic import BeforeValidator, ConfigDict, FailFast, Field, TypeAdapter, create_model
+
+from tfrs_pipeline.data.ids import NO_ID
+from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.durable import StorageError
+from tfrs_pipeline.features.numeric import Timestamp
+from tfrs_pipeline.service.database import BUSY_SECONDS, Database
+from tfrs_pipeline.service.settings import MAX_ANSWERS, Lately
+
+logger = logging.getLogger(__name__)
+
+JOURNAL_FILE = "events.sqlite"
+# Types of events as clients write them -> a stage of a log.
+TYPES: Mapping[str, str] = {
+    "click": Stage.CLICKED,
+    "view": Stage.EXPOSED,
+    "dislike": Stage.DISLIKED,
+    **{stage.value: stage.value for stage in Stage},
+}
+
+_SCHEMA = """
+PRAGMA journal_mode = WAL;  -- Readers and the writer do not wait for each other.
+CREATE TABLE IF NOT EXISTS events (
+    user_id NOT NULL,        -- INTEGER or TEXT; without a type, 7 and '7' differ.
+    time INTEGER NOT NULL,   -- Milliseconds since 1970, exact.
+    item_id NOT NULL,
+    type TEXT NOT NULL,      -- A stage of a log.
+    request_id TEXT,         -- Of the answer that it belongs to.
+    event_id INTEGER,        -- A hash of the client's own.
+    arrival INTEGER NOT NULL,  -- Rises with every event; orders those of one time.
+    PRIMARY KEY (user_id, time, item_id, type)
+) WITHOUT ROWID;             -- The events of a user lie together, so that reading them is fast.
+-- An index of `events` would also hold each row's key, and take twice as much.
+CREATE TABLE IF NOT EXISTS event_ids (id INTEGER PRIMARY KEY);
+CREATE TRIGGER IF NOT EXISTS event_known BEFORE INSERT ON events
+    WHEN NEW.event_id IN (SELECT id FROM event_ids) BEGIN SELECT RAISE(IGNORE); END;
+CREATE TRIGGER IF NOT EXISTS event_added AFTER INSERT ON events WHEN NEW.event_id IS NOT NULL
+    BEGIN INSERT INTO event_ids VALUES (NEW.event_id); END;
+CREATE TRIGGER IF NOT EXISTS event_deleted AFTER DELETE ON events WHEN OLD.event_id IS NOT NULL
+    BEGIN DELETE FROM event_ids WHERE id = OLD.event_id; END;
+CREATE TABLE IF NOT EXISTS served (
+    request_id TEXT PRIMARY KEY,
+    user_id NOT NULL,
+    time INTEGER NOT NULL,
+    version INTEGER NOT NULL,  -- That answered.
+    items TEXT NOT NULL        -- JSON: the ids, best first.
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS served_to ON served (user_id, time);
+"""
+# The level of a type is its stage's position in the funnel.
+_STAGES = [stage.value for stage in Stage]
+_LEVELS = "".join(f" WHEN '{stage}' THEN {level}" for level, stage in enumerate(_STAGES))
+_STAGE_OF_LEVEL = "".join(f" WHEN {level} THEN '{stage}'" for level, stage in enumerate(_STAGES))
+# Columns without an aggregate come from the row with the largest level. Events without a request
+# are rows of their own: no text equals a negative number.
+_LOG = f"""
+SELECT CAST(user_id AS {{}}), CAST(item_id AS {{}}), time, CASE max(level) {_STAGE_OF_LEVEL} END,
+    request_id, sum(rank) FROM (
+    SELECT served.user_id, item.value AS item_id, time, 0 AS level, request_id,
+    item.key + 1 AS rank, 0 AS arrival FROM served, json_each(served.items) AS item
+    UNION ALL
+    SELECT user_id, item_id, time, CASE type {_LEVELS} END, request_id, NULL, arrival FROM events
+) GROUP BY user_id, item_id, coalesce(request_id, -time)
+ORDER BY time, request_id, 6, arrival, user_id
+"""
+# Models of one name may have had numbers as ids, and later text. SQLite sorts text behind numbers.
+_ID_TYPES = """
+SELECT typeof(coalesce(max(user_id), 0)), typeof(coalesce(max(item_id), 0)) FROM (
+    SELECT user_id, item_id FROM events
+    UNION ALL SELECT user_id, json_extract(items, '$[0]') FROM served
+)
+"""
+# What users do. Other stages are a ranker's: the hundred of each answer would push out the rest.
+_OF_USERS = f"type IN ('{Stage.CLICKED}', '{Stage.EXPOSED}', '{Stage.DISLIKED}')"
+# A request reads this many of a user's newest events. No person has more; a bot may.
+_MAX_EVENTS = 10_000
+_DAY_MS = 86_400_000
+_MAX_TAKEN = 500  # Requests that are written in one transaction.
+# While others read SQLite's log of writes, it cannot be cut: number of tries, and seconds between.
+_MAX_CUTS, _CUT_SECONDS = 50, 0.1
+# No client waits for an answer's record. So a record waits this long for others, to share a write,
+# and is dropped if this many wait.
+_ANSWER_SECONDS, _MAX_WAITING = 1.0, 10_000
+
+
+class Event(NamedTuple):
+    """What a user did with an item: a row of `events`.
+
+    `time` is in milliseconds since 1970. `event_id` is `id_hash` of the client's own.
+    """
+
+    user_id: Any
+    time: int
+    item_id: Any
+    type: str
+    request_id: str | None
+    event_id: int | None
+
+
+class Answer(NamedTuple):
+    """What a request was served, as a graph returns it.
+
+    Attributes:
+        request_id: Id of the request; query i of several gets "ID.i".
+        time: Milliseconds since 1970.
+        version: Number of the version that answered.
+        user_ids: [n] int64, or bytes or texts in an object array; the empty id for a query without
+            a user.
+        item_ids: [n, k] ids of the same kinds, best first; the empty id in empty slots.
+    """
+
+    request_id: str
+    time: int
+    version: int
+    user_ids: np.ndarray
+    item_ids: np.ndarray
+
+    def by_query(self) -> Iterator[tuple[str, Any, np.ndarray]]:
+        """Yields the request's id, the user's, and the items' [k], of users with an id."""
+        pairs = zip(self.user_ids.tolist(), self.item_ids, strict=True)
+        for number, (user_id, items) in enumerate(pairs):
+            if user_id not in (-1, b"", ""):
+                is_single = len(self.user_ids) == 1
+                request_id = self.request_id if is_single else f"{self.request_id}.{number}"
+                yield request_id, _as_text(user_id), items
+
+
+def _as_text(id_: Any) -> Any:
+    return id_.decode(errors="replace") if isinstance(id_, bytes) else id_
+
+
+def _filled(items: np.ndarray) -> list[Any]:
+    return [_as_text(item) for item in items.tolist() if item not in (-1, b"", "")]
+
+
+class Journal(Database):
+    """The events of all users; see `Database` for what its methods raise."""
+
+    file_name, schema = JOURNAL_FILE, _SCHEMA
+    what_is_lost = "; its events are then lost, unless `tfrs-pipeline log` wrote them to a file"
+
+    def write(self, groups: Sequence[Sequence[Event]], answers: Iterable[Answer] = ()) -> list[int]:
+        """Writes groups of events, and answers, in one transaction.
+
+        Returns how many events of each group were new. An event is not new if its `event_id` is
+        there already, or an event of the same user, item, type and millisecond.
+        """
+        insert = "INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?, ?, ?)"
+        with self.writing() as connection:
+            # Fails in files of earlier versions, which have no such table.
+            connection.execute("SELECT id FROM event_ids LIMIT 0")
+            served = (
+                (request_id, user_id, answer.time, answer.version, json.dumps(_filled(items)))
+                for answer in answers
+                for request_id, user_id, items in answer.by_query()
+            )
+            connection.executemany("INSERT OR IGNORE INTO served VALUES (?, ?, ?, ?, ?)", served)
+            # Microseconds: fewer than a million events a second arrive.
+            arrivals = itertools.count(time.time_ns() // 1000)
+            return [
+                connection.executemany(
+                    insert, ((*event, next(arrivals)) for event in events)
+                ).rowcount
+                for events in groups
+            ]
+
+    def of_users(self, user_ids: Collection[Any]) -> dict[Any, list[Event]]:
+        """Reads what users clicked, were shown or disliked, by user, oldest first.
+
+        Users without such an event are left out. Events of one time are in the order of their
+        arrival. Of a user with more than 10,000 events, reads the newest 10,000.
+        """
+        query = (
+            f"SELECT {', '.join(Event._fields)} FROM events WHERE user_id = ? AND {_OF_USERS} "
+            "ORDER BY time DESC, arrival DESC LIMIT ?"
+        )
+        with self._opened() as connection:
+            if connection is None:
+                return {}
+            read = {}
+            for id_ in dict.fromkeys(user_ids):
+                with contextlib.suppress(OverflowError):  # No event has an id beyond 64 bits.
+                    read[id_] = connection.execute(query, (_plain(id_), _MAX_EVENTS)).fetchall()
+        return {id_: [*map(Event._make, rows[::-1])] for id_, rows in read.items() if rows}
+
+    def user_ids(self) -> list[Any]:
+        """Reads the ids of all users who did something, ascending; integers come before text."""
+        query = f"SELECT DISTINCT user_id FROM events WHERE {_OF_USERS} ORDER BY user_id"
+        with self._opened() as connection:
+            return [id_ for (id_,) in (connection.execute(query) if connection else ())]
+
+    def served_to(self, user_id: Any, lately: Lately) -> dict[str, tuple[int, list[Any]]]:
+        """Reads a user's answers: request_id -> milliseconds since 1970, and item ids.
+
+        All that `lately` asks for are among them, of at most 1,000.
+        """
+        query = (
+            "SELECT request_id, time, items FROM served WHERE user_id = ? "
+            "ORDER BY time DESC LIMIT ?"
+        )
+        most = MAX_ANSWERS if lately.hours else lately.answers
+        with self._opened() as connection:
+            rows = connection.execute(query, (user_id, most)) if connection else ()
+            return {request_id: (time, json.loads(items)) for request_id, time, items in rows}
+
+    def log(self, num_rows: int) -> Iterator[list[tuple[Any, ...]]]:
+        """Yields all that is recorded as rows of an event table, in blocks, ordered by time.
+
+        A row is user_id, item_id, milliseconds since 1970, stage, request_id, and rank in the
+        answer, from 1. Each item of a request has one, with its furthest stage, and when it
+        reached it. Items that were served are retrieved. If some ids are text, all are.
+        Writes after the first block do not show.
+        """
+        with self._opened() as connection:
+            if connection is None:
+                return
+            rows = connection.execute(_LOG.format(*connection.execute(_ID_TYPES).fetchone()))
+            while block := rows.fetchmany(num_rows):
+                yield block
+
+    def forget(self, user_ids: Iterable[Any]) -> list[int]:
+        """Deletes users' events and answers, also from the file; returns their number by user.
+
+        The file is written anew once, in time proportional to its size. Other writers wait
+        meanwhile, and readers do not. If that fails, no query finds the rows, but copies of them
+        may still be in the file: delete again.
+        """
+        counts = []
+        with self.writing() as connection:
+            for id_ in map(_plain, user_ids):
+                counts.append(0)
+                # Events are recorded without spaces around ids, answers with the id that was asked.
+                ids = id_, _stripped(id_)
+                with contextlib.suppress(OverflowError):  # No row has an id beyond 64 bits.
+                    for table in ("events", "served"):
+                        delete = f"DELETE FROM {table} WHERE user_id IN (?, ?)"
+                        counts[-1] += connection.execute(delete, ids).rowcount
+        self._rewrite()
+        return counts
+
+    def moment(self) -> int:
+        """Returns the moment after all events that are written by now; see `drop_older`."""
+        with self.writing():  # Waits for the writer before it.
+            return time.time_ns() // 1000
+
+    def drop_older(self, time_: int, arrived_before: int | None = None) -> tuple[int, int]:
+        """Deletes what is older than a time in milliseconds since 1970; see `forget`.
+
+        Old events that arrived after the `moment` of `arrived_before` are kept; with None, none is.
+        Returns how many events, and how many answers.
+        """
+        events = "DELETE FROM events WHERE time < ? AND arrival < coalesce(?, arrival + 1)"
+        answers = "DELETE FROM served WHERE time < ?"
+        with self.writing() as connection:
+            num_events = connection.execute(events, [time_, arrived_before]).rowcount
+            num_answers = connection.execute(answers, [time_]).rowcount
+            if num_events or num_answers:  # In this transaction, so no file with them is replaced.
+                connection.execute("PRAGMA user_version = 1")
+        self._rewrite()
+        return num_events, num_answers
+
+    def has_dropped(self) -> bool:
+        """Returns whether `drop_older` has ever deleted something."""
+        with self._opened() as connection:
+            return bool(connection and connection.execute("PRAGMA user_version").fetchone()[0])
+
+    def _rewrite(self) -> None:
+        """Writes the file anew, without a byte of deleted rows; readers do not wait."""
+        with self._opened() as connection:
+            assert connection is not None
+            # Free space in the file may hold old copies of rows, also with `secure_delete`. Writers
+            # would not have to wait for `VACUUM INTO` a second file. But once that is renamed over
+            # the first, other processes may still commit to the old one, and lose it.
+            connection.execute("VACUUM")
+            # The log holds what was written until it is copied into the file and cut. While SQLite
+            # waits for those who read the log, nobody can write. So it does not wait, but is asked
+            # again and again.
+            connection.execute("PRAGMA busy_timeout = 0")
+            try:
+                for _ in range(_MAX_CUTS):
+                    is_busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                    if not is_busy:
+                        return
+                    time.sleep(_CUT_SECONDS)
+            finally:
+                connection.execute(f"PRAGMA busy_timeout = {round(1000 * BUSY_SECONDS)}")
+        raise StorageError(f"{self.path}-wal is being read and may hold events: delete again.")
+
+
+class _Group(NamedTuple):
+    events: Sequence[Event]
+    done: "Future[int]"
+
+
+class _Deletion(NamedTuple):
+    user_id: Any
+    done: "Future[int]"
+
+
+_Entry: TypeAlias = _Group | _Deletion | Answer | None
+
+
+class Recorder:
+    """Writes events and answers, and deletes those of a user, in a thread.
+
+    All entries that arrive during a write go into the next one. It waits for the disk once, however
+    many clients it confirms.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        # With its own connection, a query does not wait for a write.
+        self._reader = Journal(journal.path.parent)
+        self._queue: queue.SimpleQueue[_Entry] = queue.SimpleQueue()
+        # By user, the answers in the queue: request_id, time, items.
+        self._waiting: dict[Any, dict[str, tuple[int, np.ndarray]]] = {}
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
+        self._thread.start()
+
+    def submit(self, events: Sequence[Event]) -> "Future[int]":
+        """Queues events; the result is the number of new ones, once all are on disk."""
+        return self._queued(_Group(events, Future()))
+
+    def forget(self, user_id: Any) -> "Future[int]":
+        """Queues a deletion, also of a user's entries that still wait; see `Journal.forget`."""
+        return self._queued(_Deletion(user_id, Future()))
+
+    def _queued(self, entry: _Group | _Deletion) -> "Future[int]":
+        # From now on it cannot be cancelled: a client that leaves changes nothing.
+        entry.done.set_running_or_notify_cancel()
+        self._queue.put(entry)
+        return entry.done
+
+    def keep(self, answer: Answer) -> bool:
+        """Queues what was served, to be on disk in a second or so.
+
+        Returns whether there was room: with 10,000 entries waiting, the answer is dropped.
+        """
+        if has_room := self._queue.qsize() < _MAX_WAITING:
+            with self._lock:
+                for request_id, user_id, items in answer.by_query():
+                    waiting = self._waiting.setdefault(user_id, {})
+                    waiting.setdefault(request_id, (answer.time, items))
+            self._queue.put(answer)
+        return has_room
+
+    def served_lately(self, user_ids: Sequence[Any], lately: Lately) -> list[list[Any]]:
+        """Returns the ids of the items that each user was served lately, newest answer first.
+
+        Answers that are not yet written count too.
+        """
+        since = time.time() * 1000 - lately.hours * 3_600_000
+        lists = []
+        for user_id in user_ids:
+            with self._lock:  # First, since an answer is written before it stops waiting.
+                waiting = [*self._waiting.get(user_id, {}).items()]
+            answers = self._reader.served_to(user_id, lately)
+            answers |= {id_: (time_, _filled(items)) for id_, (time_, items) in waiting}
+            newest = enumerate(sorted(answers.values(), key=lambda answer: -answer[0]))
+            recent = (ids for n, (time_, ids) in newest if n < lately.answers or time_ > since)
+            lists.append([*itertools.chain.from_iterable(recent)])
+        return lists
+
+    def close(self) -> None:
+        """Writes what is queued, then ends the thread."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        answers: list[Answer] = []
+        is_open, deadline = True, 0.0
+        while is_open:
+            entries: list[_Entry] = []
+            wait = max(deadline - time.monotonic(), 0) if answers else None
+            with contextlib.suppress(queue.Empty):
+                entries.append(self._queue.get(timeout=wait))
+                while len(entries) < _MAX_TAKEN:
+                    entries.append(self._queue.get_nowait())
+            is_open = None not in entries
+            if not answers:
+                deadline = time.monotonic() + _ANSWER_SECONDS
+            answers += [entry for entry in entries if isinstance(entry, Answer)]
+            groups = [entry for entry in entries if isinstance(entry, _Group)]
+            deletions = [entry for entry in entries if isinstance(entry, _Deletion)]
+            is_due = time.monotonic() >= deadline or len(answers) >= _MAX_TAKEN
+            if groups or deletions or is_due or not is_open:
+                self._write(groups, answers)
+                answers = []
+            if deletions:  # After the write, so that they reach what was queued before them.
+                _confirm(deletions, self.journal.forget, [entry.user_id for entry in deletions])
+
+    def _write(self, groups: Sequence[_Group], answers: Sequence[Answer]) -> None:
+        if not groups and not answers:
+            return
+        events = [group.events for group in groups]
+        error = _confirm(groups, self.journal.write, events, answers)
+        if error and answers:
+            logger.warning("%s answers were not recorded: %s", len(answers), error)
+        with self._lock:
+            for answer in answers:
+                for request_id, user_id, _ in answer.by_query():
+                    waiting = self._waiting.get(user_id, {})
+                    waiting.pop(request_id, None)
+                    if not waiting:
+                        self._waiting.pop(user_id, None)
+
+
+def _confirm(
+    entries: Sequence[_Group | _Deletion], work: Callable[..., list[int]], *arguments: Any
+) -> Exception | None:
+    """Gives those who wait for entries the counts that the work returns, or its error.
+
+    Returns the error, if there is one.
+    """
+    try:
+        counts = work(*arguments)
+    except Exception as error:  # The next work may succeed.
+        for entry in entries:
+            entry.done.set_exception(error)
+        return error
+    for entry, count in zip(entries, counts, strict=True):
+        entry.done.set_result(count)
+    return None
+
+
+def check_events(
+    events: Sequence[Mapping[str, Any]], *, users_are_text: bool, items_are_text: bool
+) -> list[Event]:
+    """Reads events as clients write them, in their order.
+
+    Args:
+        events: Mappings of `user_id`, `item_id` and `type`, a key of `TYPES`. Optional are `time`
+            (a datetime with a zone, ISO 8601, or seconds since 1970; default: now), `request_id`
+            and `event_id`.
+        users_are_text: Whether user ids are `str`; else they are integers of 64 bits.
+        items_are_text: The same of item ids.
+
+    Raises:
+        ValueError: Names the first event that is wrong, and how.
+    """
+    if isinstance(events, Mapping):
+        raise ValueError(f"Events come in a list, also a single one: [{dict(events)!r:.200}]")
+    try:
+        checked = _reader(users_are_text, items_are_text).validate_python(list(events))
+    except pydantic.ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        number, *path = problem["loc"]
+        if not path:
+            message = f"Event {number} must be an object, with user_id, item_id and type"
+        elif problem["type"] == "extra_forbidden":
+            message = f"Event {number}: unknown {path[0]!r}; it has {', '.join(Event._fields)}"
+        else:
+            message = f"Event {number}: {path[0]}: {problem['msg'].removeprefix('Value error, ')}"
+        raise ValueError(f"{message}. Received: {problem['input']!r:.200}") from None
+    now = time.time_ns() // 1_000_000
+    return [
+        Event(**{**vars(event), "time": now if event.time is None else event.time})
+        for event in checked
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """Returns Python's own value in place of NumPy's, which SQLite does not take."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _stripped(id_: Any) -> Any:
+    """Returns an id as it is recorded: without spaces around it."""
+    id_ = _plain(id_)
+    # As a log is read: other spaces, such as the no-break space, are part of an id.
+    return id_.strip(string.whitespace) if isinstance(id_, str) else id_
+
+
+def id_hash(event_id: str) -> int:
+    """Returns a hash of a client's event id, 64 bits with a sign: BLAKE2b.
+
+    The probability that two of n ids share a hash is about n^2 / 2^65: 7e-5 for 50 million. The
+    event of the later id would then count as a repeat.
+    """
+    digest = hashlib.blake2b(event_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, signed=True)
+
+
+def _milliseconds(value: Any) -> int:
+    value = _plain(value)
+    if isinstance(value, str):
+        value = Timestamp.from_text(value)
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            raise ValueError("needs a time zone; a column of times has to be stored with one")
+        value = value.timestamp()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e14:
+        raise ValueError("takes seconds since 1970, or ISO 8601 with a time zone")
+    if (milliseconds := round(1000 * value)) > time.time_ns() // 1_000_000 + _DAY_MS:
+        raise ValueError("is more than a day from now; give seconds since 1970, not milliseconds")
+    return milliseconds
+
+
+def _type(value: Any) -> str:
+    if not isinstance(value, str) or value not in TYPES:
+        raise ValueError(f"must be one of {', '.join(TYPES)}")
+    return TYPES[value]
+
+
+def _id(value: Any) -> Any:
+    value = _stripped(value)
+    if value in ("", -1, *NO_ID):
+        raise ValueError("is not an id")
+    return value
+
+
+_Text: TypeAlias = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
+_TextId: TypeAlias = Annotated[str, Field(strict=True, max_length=1000), BeforeValidator(_id)]
+_IntegerId: TypeAlias = Annotated[
+    int, Field(strict=True, ge=-(2**63), lt=2**63), BeforeValidator(_id)
+]
+
+
+@functools.cache
+def _reader(users_are_text: bool, items_are_text: bool) -> TypeAdapter[Any]:
+    event: Any = create_model(
+        "event",
+        __config__=ConfigDict(extra="forbid"),
+        user_id=_TextId if users_are_text else _IntegerId,
+        item_id=_TextId if items_are_text else _IntegerId,
+        type=Annotated[str, BeforeValidator(_type)],
+        time=(Annotated[int, BeforeValidator(_milliseconds)] | None, None),
+        request_id=(_Text | None, None),
+        event_id=(Annotated[_Text, pydantic.AfterValidator(id_hash)] | None, None),
+    )
+    # Stops at the first error: a hostile list would otherwise make an error for each event.
+    return TypeAdapter(Annotated[list[event], FailFast()])

@@ -1,1 +1,0 @@
-"""From embeddings to answers: the index, the export, the loaded retriever."""
