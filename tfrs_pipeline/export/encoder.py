@@ -1,31 +1,28 @@
-"""A model's towers behind raw ids, and the inputs that queries become."""
+"""A model's towers behind raw ids, in a graph: the copy that a SavedModel holds.
 
-import itertools
+Everything else embeds raw queries by `search/queries.py`, in NumPy.
+"""
+
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.features import encoding
+from tfrs_pipeline.features import graph
 from tfrs_pipeline.features.encoding import TIMESTAMP, raw_signature, request_signature
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.kinds import feature_from_dict
-from tfrs_pipeline.features.raw import MAX_SECONDS, to_seconds
+from tfrs_pipeline.features.raw import NO_TIME
 from tfrs_pipeline.model import tf_tables
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.tf_tables import as_ids, lookup, signature_inputs, stored, traced
-from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query, history_of
+from tfrs_pipeline.model.tf_tables import lookup, stored, traced
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.samples.store import RowLists
-from tfrs_pipeline.search.exclusions import left_out, rule_of
+from tfrs_pipeline.search.exclusions import left_out, rule_with
+from tfrs_pipeline.search.repeats import RepeatBonus
 
 EMBEDDINGS = "embed_user", "embed_query", "embed_query_with_features", "embed_candidate"
 """The functions of an `Encoder`, which signatures of an export call too."""
-ITEMS_PER_CALL = 8192
-# Self-attention over 200 items takes about 1.3 MB a query: four times as many would be most of the
-# memory of a training.
-QUERIES_PER_CALL = 256
 
 
 class Encoder(tf.Module):
@@ -57,6 +54,7 @@ class Encoder(tf.Module):
         super().__init__(name="encoder")
         self._model = lambda: model  # A function keeps the model out of the exported objects.
         self._holds_users, self._reads_times = user_data, model.history_times is not None
+        self._rule = rule_with(model.exclude, has_bonus=model.repeat_bonus is not None)
         user_dtype, item_dtype = map(tf_tables.id_dtype, (model.query_ids, model.candidate_ids))
         query_ids, times = model.query_ids, model.history_times
         histories, known_positives = model.histories, model.known_positives
@@ -86,12 +84,12 @@ class Encoder(tf.Module):
         query = [user_id, tf.TensorSpec([None, None], item_dtype, "history")]
         if self._reads_times:
             query.append(tf.TensorSpec([None, None], tf.float64, HISTORY_TIMESTAMPS))
-        query_features = raw_signature(self._query_features).values()
-        candidate_features = raw_signature(self._candidate_features).values()
+        query_features = graph.tensor_specs(raw_signature(self._query_features)).values()
+        candidate_features = graph.tensor_specs(raw_signature(self._candidate_features)).values()
         self._request_signature = request_signature(
             self._request_features, self._query_features, reads_times=self._reads_times
         )
-        request = self._request_signature.values()
+        request = graph.tensor_specs(self._request_signature).values()
         self.embed_user: Any = None
         if user_data:
             self.embed_user = traced(self._embed_user, [user_id, *request])
@@ -111,7 +109,7 @@ class Encoder(tf.Module):
             times = _lists([self._history_times, self._histories[1]], query_rows)
         embedded = self._embed(query_rows, _lists(self._histories, query_rows), times, raw)
         disliked = [] if self._disliked is None else [self._disliked]
-        if not (tables := left_out(rule_of(self._model()), [self._known], disliked)):
+        if not (tables := left_out(self._rule, [self._known], disliked)):
             return embedded
         items = [self._items_in(table, user_id) for table in tables]
         return {**embedded, "known_items": tf.concat(items, axis=1)}
@@ -147,12 +145,14 @@ class Encoder(tf.Module):
         arguments: dict[str, Any] = _feature_argument(features)
         if times is not None:
             item_times = times[:, :length].to_tensor(np.nan, shape=[None, length])
-            arguments["history_times"] = tf.concat(
-                [raw[TIMESTAMP][:, tf.newaxis], item_times], axis=1
+            arguments["history_times"] = _relative(
+                tf.concat([raw[TIMESTAMP][:, tf.newaxis], item_times], axis=1)
             )
         repeats = {}
         if model.repeat_bonus is not None:
-            rows, bonuses = (ragged.to_tensor() for ragged in model.repeat_bonus.of(histories))
+            rows, bonuses = (
+                ragged.to_tensor() for ragged in bonuses_of(model.repeat_bonus, histories)
+            )
             repeated_items = tf.gather(self._candidate_ids, rows)
             repeats = {"repeated_items": repeated_items, "bonuses": bonuses}
         # Counted in dense rows, because summing a ragged tensor would take 5% of a query's time.
@@ -166,7 +166,7 @@ class Encoder(tf.Module):
     def _encoded_features(self, raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Encodes the features of the request and, where the signature has them, of the user."""
         values = {name: raw[spec.name] for name, spec in self._request_signature.items()}
-        features = encoding.encode_requests(self._request_features, values)
+        features = graph.encode_requests(self._request_features, values)
         # Without the user's features in the signature, the model takes those that it holds.
         if all(spec.name in raw for spec in raw_signature(self._query_features).values()):
             features |= _encoded(self._query_features, raw)
@@ -219,145 +219,9 @@ class Encoder(tf.Module):
         return tf.gather(self._candidate_ids, rows)
 
 
-class SavedEncoder:
-    """An exported `Encoder`: it embeds, and tells what it holds of users and items.
-
-    Lists are by the user's row, which `user_rows` returns. Row 0, an unknown user, has empty lists.
-    They are read from variables, without a call of the graph.
-
-    Args:
-        encoder: The `Encoder`, as `tf.saved_model.load` returns it, or one in memory.
-
-    Attributes:
-        user_dtype, item_dtype: The types of the ids, int64 or string.
-        users_are_text, items_are_text: Whether they are strings.
-    """
-
-    def __init__(self, encoder: Any) -> None:
-        # The encoder lacks the functions that its model does not support.
-        self._functions = {
-            name: function.get_concrete_function()
-            for name in EMBEDDINGS
-            if (function := getattr(encoder, name, None)) is not None
-        }
-        specs = self.inputs("embed_query")
-        self.user_dtype, self.item_dtype = specs["user_id"].dtype, specs["history"].dtype
-        self.users_are_text = self.user_dtype == tf.string
-        self.items_are_text = self.item_dtype == tf.string
-        self._query_rows, self._candidate_rows = encoder._query_rows, encoder._candidate_rows
-        self._candidate_ids = _content(encoder._candidate_ids)
-        # Not saved where nobody disliked anything.
-        disliked = getattr(encoder, "_disliked", None) or ()
-        self._histories, self._known, self._disliked = (
-            [*map(_content, lists)] for lists in (encoder._histories, encoder._known, disliked)
-        )
-        times = getattr(encoder, "_history_times", None)  # Not saved where it is None.
-        # A view of one NaN takes no memory, and histories may be large.
-        unknown = np.broadcast_to(np.nan, len(self._histories[0]))
-        self._times = unknown if times is None else _content(times)
-
-    def inputs(self, name: str) -> dict[str, tf.TensorSpec]:
-        """Returns the inputs of a function of the encoder by name."""
-        return signature_inputs(self._functions[name])
-
-    def call(self, name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Calls a function of the encoder with those of the arrays that it takes."""
-        function = self._functions[name]
-        inputs = tf_tables.as_tensors(signature_inputs(function), arrays)
-        outputs = tf_tables.call(function, inputs)
-        return {key: tensor.numpy() for key, tensor in outputs.items()}
-
-    def embed(self, name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Embeds with a function of the encoder: its answer, ready for `Candidates.search`.
-
-        What differs in length by query comes as a list for each: `known_items`, `repeated_items`
-        and `bonuses`, which are padded at the end.
-        """
-        answer: dict[str, Any] = self.call(name, arrays)
-        for key in {"known_items", "repeated_items"} & answer.keys():
-            answer[key] = tf_tables.id_lists_of(answer[key])
-        if "bonuses" in answer:
-            answer["bonuses"] = [*answer["bonuses"]]
-        return answer
-
-    def embed_items(
-        self, item_ids: Sequence[Any], features: Sequence[Feature], raw: Mapping[str, np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Embeds items by the arrays that `raw_columns` makes of their features.
-
-        Returns embeddings [n, D] float32, and is_known_item [n] bool.
-        """
-        arrays = {"item_id": tf_tables.id_array(item_ids, self.item_dtype)}
-        arrays |= _by_input(raw_signature(features), raw)
-        # At least one call: without an item, it still gives the number of dimensions.
-        blocks = []
-        for start in range(0, max(len(item_ids), 1), ITEMS_PER_CALL):
-            block = {name: array[start : start + ITEMS_PER_CALL] for name, array in arrays.items()}
-            answer = self.call("embed_candidate", block)
-            blocks.append((answer["embeddings"], answer["is_known_item"]))
-        embeddings, is_known = map(np.concatenate, zip(*blocks, strict=True))
-        return embeddings, is_known
-
-    def parse_id(self, text: str, of: Literal["user", "item"] = "item") -> Any:
-        """Parses a typed id into the type of the model's ids, or raises a `ValueError`."""
-        if self.users_are_text if of == "user" else self.items_are_text:
-            return text
-        try:
-            return int(text)
-        except ValueError:
-            raise ValueError(f"This model's {of} ids are integers. Received: {text!r}") from None
-
-    def user_ids(self) -> np.ndarray:
-        """Returns the ids of all users, in the order of their rows: [n] int64, or bytes."""
-        handle = self._query_rows.resource_handle
-        ids, rows = tf.raw_ops.LookupTableExportV2(
-            table_handle=handle, Tkeys=self.user_dtype, Tvalues=tf.int64
-        )
-        return ids.numpy()[np.argsort(rows.numpy())]
-
-    def user_rows(self, user_ids: Sequence[Any]) -> list[int]:
-        """Looks up users; raises a `ValueError` if an id has another type."""
-        return tf_tables.loaded_rows(self._query_rows, user_ids, self.user_dtype).tolist()
-
-    def has_items(self, item_ids: Sequence[Any]) -> np.ndarray:
-        """Returns which items the training had, [n] bool; raises as `user_rows`."""
-        return tf_tables.loaded_rows(self._candidate_rows, item_ids, self.item_dtype) > 0
-
-    def history(self, row: int) -> list[tuple[Any, float]]:
-        """Returns what a user clicked, oldest first, without items that the training did not have.
-
-        With each item comes its time in seconds since 1970; NaN where unknown.
-        """
-        rows = _entries(self._histories, row)
-        times = _entries([self._times, self._histories[1]], row)[rows > 0].tolist()
-        return [*zip(self._items(rows), times, strict=True)][::-1]
-
-    def known(self, row: int) -> list[Any]:
-        """Returns what a user clicked; if the version was trained with `seen`, what they saw."""
-        return self._items(_entries(self._known, row))
-
-    def disliked(self, row: int) -> list[Any]:
-        """Returns what a user disliked in the training's log."""
-        return self._items(_entries(self._disliked, row)) if self._disliked else []
-
-    def _items(self, rows: np.ndarray) -> list[Any]:
-        return as_ids(self._candidate_ids[rows[rows > 0]].tolist())
-
-
-def _entries(values_and_offsets: Sequence[np.ndarray], row: int) -> np.ndarray:
-    values, offsets = values_and_offsets
-    return values[offsets[row] : offsets[row + 1]]
-
-
-def _content(variable: tf.Variable) -> np.ndarray:
-    """Returns the values of a variable; numbers are not copied, since histories may be large."""
-    value = variable.read_value()
-    return value.numpy() if value.dtype == tf.string else np.asarray(memoryview(value))
-
-
 def _encoded(features: Sequence[Feature], raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     values = {name: raw[spec.name] for name, spec in raw_signature(features).items()}
-    return encoding.encode_raw(features, values)
+    return graph.encode_raw(features, values)
 
 
 def _feature_argument(features: Mapping[str, tf.Tensor]) -> dict[str, Mapping[str, tf.Tensor]]:
@@ -365,150 +229,39 @@ def _feature_argument(features: Mapping[str, tf.Tensor]) -> dict[str, Mapping[st
     return {"features": features} if features else {}
 
 
-def embed_queries(
-    encoder: Encoder, queries: Sequence[Query], features: Mapping[str, Sequence[Feature]]
-) -> np.ndarray:
-    """Embeds queries by `user_id`, `history` and `request`: [num_queries, D] float32."""
-    blocks, specs = [], signature_inputs(encoder.embed_query)
-    # At least one call: without a query, it still gives the number of dimensions.
-    for start in range(0, max(len(queries), 1), QUERIES_PER_CALL):
-        arrays = query_arrays(specs, features, queries[start : start + QUERIES_PER_CALL])
-        inputs = tf_tables.as_tensors(specs, arrays)
-        blocks.append(tf_tables.call(encoder.embed_query, inputs)["embeddings"].numpy())
-    return np.concatenate(blocks)
+def _relative(times: tf.Tensor) -> tf.Tensor:
+    """Counts [B, n] float64 times as `relative_seconds` does: int32."""
+    is_known = tf.math.is_finite(times)
+    seconds = tf.floor(tf.where(is_known, times, 0.0))
+    lowest = tf.constant(-np.inf, tf.float64)
+    latest = tf.reduce_max(tf.where(is_known, seconds, lowest), axis=1, keepdims=True)
+    relative = tf.maximum(seconds - latest, NO_TIME + 2)
+    return tf.cast(tf.where(is_known, relative, NO_TIME), tf.int32)
 
 
-def features_of(manifest: Mapping[str, Any]) -> dict[str, tuple[Feature, ...]]:
-    """Reads the features of query, request and candidate from a model's manifest."""
-    return {
-        side: tuple(map(feature_from_dict, manifest.get("features", {}).get(side, ())))
-        for side in ("query", "request", "candidate")
-    }
+# A pair of a line and a candidate row becomes one int64, line * _ROWS + row: rows are int32.
+_ROWS = 1 << 31
 
 
-def query_arrays(
-    specs: Mapping[str, tf.TensorSpec],
-    features: Mapping[str, Sequence[Feature]],
-    queries: Sequence[Query],
-) -> dict[str, np.ndarray]:
-    """Makes a signature's inputs of queries: user_id, history and its times, and the request.
+def bonuses_of(
+    bonus: RepeatBonus, histories: tf.RaggedTensor
+) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
+    """Returns what `RepeatBonus.of` does for each of several histories, in a graph.
 
-    `specs` are the inputs that the signature has, and `features` those of each side.
+    Takes [B, any] int32 candidate rows, most recent first. Returns [B, any] int32 rows and their
+    bonuses, [B, any] float32.
     """
-    arrays = history_arrays(specs, queries)
-    if "user_id" in specs:
-        users = [query.get("user_id") for query in queries]
-        arrays["user_id"] = tf_tables.id_array(users, specs["user_id"].dtype)
-    return arrays | request_arrays(specs, features, [query.get("request") for query in queries])
-
-
-def history_arrays(
-    specs: Mapping[str, tf.TensorSpec], queries: Sequence[Query]
-) -> dict[str, np.ndarray]:
-    """Makes the inputs of a signature that hold histories, and their timestamps."""
-    arrays = {}
-    if "history" in specs:
-        lists = list(map(history_of, queries))
-        arrays["history"] = tf_tables.id_rows(lists, specs["history"].dtype)
-    if HISTORY_TIMESTAMPS in specs:
-        times = item_times(queries)
-        values = np.concatenate([np.zeros(0), *times])
-        arrays[HISTORY_TIMESTAMPS] = tf_tables.padded(values, times, np.nan)
-    return arrays
-
-
-def request_arrays(
-    specs: Mapping[str, tf.TensorSpec],
-    features: Mapping[str, Sequence[Feature]],
-    requests: Sequence[Mapping[str, Any] | None],
-) -> dict[str, np.ndarray]:
-    """Makes a signature's inputs of requests: raw features and the timestamp."""
-    reads_times = TIMESTAMP in specs
-    raw = encoding.raw_requests(features["request"], requests, reads_times=reads_times)
-    names = request_signature(features["request"], features["query"], reads_times=reads_times)
-    return _by_input(names, raw)
-
-
-def feature_arrays(features: Sequence[Feature], queries: Sequence[Query]) -> dict[str, np.ndarray]:
-    """Makes a signature's inputs of the queries' `features`; a `ValueError` if one is unknown."""
-    names = [feature.name for feature in features]
-    if not names:
-        raise ValueError("The model reads no user features: remove `features` from the queries.")
-    if unknown := {name for query in queries for name in query["features"]} - set(names):
-        raise ValueError(
-            f"The model reads no user feature {', '.join(map(repr, sorted(unknown)))}; known: "
-            f"{', '.join(names)}"
-        )
-    columns = {name: [query["features"].get(name) for query in queries] for name in names}
-    raw = encoding.raw_columns(features, columns, len(queries))
-    return _by_input(raw_signature(features), raw)
-
-
-def _by_input(
-    specs: Mapping[str, tf.TensorSpec], raw: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Names the arrays of features as the inputs of a signature are named."""
-    return {spec.name: raw[name] for name, spec in specs.items()}
-
-
-def item_times(queries: Sequence[Query]) -> list[np.ndarray]:
-    """Returns the times of each query's history: float64 seconds since 1970, NaN if unknown.
-
-    A query's `history_timestamps` are datetimes with a time zone, or seconds since 1970; an unknown
-    time is None.
-
-    Example:
-        >>> item_times(
-        ...     [{"history": [7, 8], "history_timestamps": [86400, 172800]}, {"history": [9]}]
-        ... )
-        [array([ 86400., 172800.]), array([nan])]
-    """
-    times = []
-    for query in queries:
-        num_items = len(history_of(query))
-        stamps = query.get(HISTORY_TIMESTAMPS)
-        if stamps is None:
-            times.append(np.full(num_items, np.nan))
-            continue
-        if len(stamps) != num_items:
-            raise ValueError(
-                f"{HISTORY_TIMESTAMPS} must be one time for each item of the history, None where "
-                f"unknown. Received: {len(stamps)} times for {num_items} items."
-            )
-        # None would make objects of the seconds beside it.
-        seconds = np.array([np.nan if stamp is None else stamp for stamp in stamps])
-        if seconds.dtype.kind not in "iuf":
-            seconds = to_seconds(HISTORY_TIMESTAMPS, list(stamps))
-        elif (seconds > MAX_SECONDS).any():
-            raise ValueError(
-                f"{HISTORY_TIMESTAMPS} must be seconds since 1970; divide milliseconds by 1,000. "
-                f"Received: {np.nanmax(seconds)}, which is after the year 5000"
-            )
-        times.append(seconds.astype(np.float64))
-    return times
-
-
-def known_rows(
-    encoder: Encoder, queries: Sequence[Query], item_ids: np.ndarray
-) -> list[np.ndarray]:
-    """Returns the known positives of each query's user, as rows among `item_ids`."""
-    saved, items = SavedEncoder(encoder), Ids(item_ids)
-    users = saved.user_rows([query.get("user_id") for query in queries])
-    return [items.known_rows(saved.known(row)) for row in users]
-
-
-def join_lines(parts: Sequence[tuple[Sequence[int], Mapping[str, Any]]]) -> dict[str, Any]:
-    """Joins what was computed for some lines of a batch each, in the order of the lines."""
-    back = np.argsort(np.concatenate([lines for lines, _ in parts]))
-    joined: dict[str, Any] = {}
-    for name, first in parts[0][1].items():
-        values = [part[name] for _, part in parts]
-        if isinstance(first, np.ndarray):
-            joined[name] = np.concatenate(values)[back]
-        else:  # A list for each line, of any length.
-            lists = [*itertools.chain.from_iterable(values)]
-            joined[name] = [lists[line] for line in back]
-    return joined
+    known = tf.ragged.boolean_mask(histories, histories > 0)
+    lines = tf.cast(known.value_rowids(), tf.int64)
+    ages = tf.cast(tf.ragged.range(known.row_lengths()).values, tf.float32)
+    pairs, positions = tf.unique(lines * _ROWS + tf.cast(known.values, tf.int64))
+    n = tf.math.unsorted_segment_sum((1 + ages) ** -bonus.forgetting, positions, tf.size(pairs))
+    num_lines = histories.nrows(tf.int64)
+    rows, bonuses = (
+        tf.RaggedTensor.from_value_rowids(values, pairs // _ROWS, num_lines)
+        for values in (tf.cast(pairs % _ROWS, tf.int32), bonus.weight * n**bonus.power)
+    )
+    return rows, bonuses
 
 
 def _lists(values_and_offsets: Sequence[tf.Variable], rows: tf.Tensor) -> tf.RaggedTensor:

@@ -1,75 +1,36 @@
-"""Writes a trained model as a SavedModel that answers with raw ids.
+"""Exports a trained model: a version that serves without TensorFlow, and a SavedModel beside it.
 
 saved_models/README.md lists the files of a version.
 """
 
-import errno
-import importlib.metadata
-import json
 import logging
-import os
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tensorflow as tf
 
 from tfrs_pipeline.data.schema import LISTED
-from tfrs_pipeline.durable import naming, write_record
-from tfrs_pipeline.export.encoder import (
-    Encoder,
-    embed_queries,
-    features_of,
-    item_times,
-    known_rows,
-)
-from tfrs_pipeline.export.graph_index import ExactIndex, ScannIndex
-from tfrs_pipeline.export.saved_model import RetrievalModule, check_operation, prove
-from tfrs_pipeline.features.encoding import TIMESTAMP, raw_signature, request_signature
-from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.raw import to_text_lists
+from tfrs_pipeline.durable import naming
+from tfrs_pipeline.export.encoder import Encoder
+from tfrs_pipeline.export.saved_model import answers_of, save_graphs
+from tfrs_pipeline.export.towers import write_towers
+from tfrs_pipeline.features.encoding import raw_signature
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.tf_tables import embed_corpus, signature_inputs
-from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query, history_of
-from tfrs_pipeline.search.exclusions import rule_of
-from tfrs_pipeline.search.settings import Auto, Scann, Search, has_scann, search_of
-from tfrs_pipeline.search.tune import Requests, measure_requests, tune_index
-from tfrs_pipeline.service import publish
+from tfrs_pipeline.model.tf_tables import embed_corpus
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
+from tfrs_pipeline.samples.store import RowLists
+from tfrs_pipeline.search.exclusions import rule_with
+from tfrs_pipeline.search.settings import Auto, Search
+from tfrs_pipeline.service.proof import Answers
+from tfrs_pipeline.service.stored import Stored
+from tfrs_pipeline.service.version import NUM_QUERIES, ExportOptions, Items, write_version
 
 if TYPE_CHECKING:
     from tfrs_pipeline.model.sums import Model
-
-LIBRARIES = ("tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "numpy")
-# Most queries to tune and measure an index on; how many the reloaded model must answer alike.
-NUM_QUERIES, NUM_PROBES = 1000, 20
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """The options of `export` that the next refresh reuses."""
-
-    index: Search
-    filter_by: str | None = None
-    keep_versions: int | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.index, Search):
-            raise TypeError(
-                f"index must be tp.Exact(), tp.Scann() or tp.Auto(). Received: {self.index!r}."
-            )
-
-    @classmethod
-    def of(cls, manifest: Mapping[str, Any]) -> "ExportOptions":
-        """Reads the options back from the manifest of an export."""
-        options = dict(manifest["export"])
-        return cls(search_of(**options.pop("index")), **options)
-
 
 # In a notebook, TensorFlow logs "Assets written to" for every SavedModel. The folder that it names
 # is temporary, so the line would mislead.
@@ -138,7 +99,7 @@ def export_version(
     queries: Sequence[Query] | None,
     manifest: Mapping[str, Any] | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Exports a model within one process, and returns the manifest too (see `export_index`).
+    """Exports a model within one process, and returns the manifest too (see `write_version`).
 
     `manifest` is what a run adds to it.
     """
@@ -149,160 +110,93 @@ def export_version(
             f"embeds queries and candidates. Received: {model!r:.200}."
         )
     model = model.exportable()
-    items = model.items
-    is_retrieved = items[LISTED] if LISTED in items.column_names else np.ones(len(items))
+    table = model.items
+    is_retrieved = table[LISTED] if LISTED in table.column_names else np.ones(len(table))
     rows = np.flatnonzero(is_retrieved)
     if not user_data:
         queries = [{"history": [id_]} for id_ in model.candidate_ids[:NUM_QUERIES].tolist()]
     elif queries is None:
         queries = stored_queries(model)
-    features = {
-        "query": model.query_features,
-        "request": model.request_features,
-        "candidate": model.candidate_features,
-    }
-    inputs = {side: raw_signature(side_features) for side, side_features in features.items()}
-    inputs["request"] = request_signature(
-        features["request"], features["query"], reads_times=model.history_times is not None
-    )
+    encoder = Encoder(model, user_data=user_data)
     # Not called as a tf.function, which warns where many models are embedded one after the other.
     spec = tf.TensorSpec([None], tf.int32)
     embed = tf.function(model.embed_candidates, autograph=False).get_concrete_function(spec)
-    items_read = model.items_read
-    about = {
+    items = Items(
+        table.drop_columns([LISTED] if LISTED in table.column_names else []).take(rows),
+        embed_corpus(embed, len(model.candidate_ids))[rows],
+    )
+    about = {**_about(model), "user_data": user_data}
+    about["example_user"] = next((q["user_id"] for q in queries if "user_id" in q), None)
+
+    def fill(folder: Path) -> None:
+        write_towers(model, folder)
+        Stored.write(folder, **_stored(model, user_data))
+
+    def save(
+        folder: Path, full: Mapping[str, Any], probes: Answers, embedded: np.ndarray | None
+    ) -> dict[str, Answers]:
+        with naming(Path(path)):
+            modules = save_graphs(folder, encoder, full, embedded)
+        return {part: answers_of(module, probes) for part, module in modules.items()}
+
+    return write_version(
+        Path(path),
+        options,
+        fill=fill,
+        items=items,
+        queries=queries,
+        manifest={**about, **(manifest or {})},
+        save_graphs=save,
+    )
+
+
+def _about(model: Exportable) -> dict[str, Any]:
+    """Returns what a manifest says of a model, but for its users' data and its index."""
+    features, bonus, items_read = model.inputs.features, model.repeat_bonus, model.items_read
+    names = {side: raw_signature(features[side]) for side in ("query", "candidate")}
+    names["request"] = model.inputs.request_signature
+    return {
         "features": {
             side: [feature.to_dict() for feature in side_features]
             for side, side_features in features.items()
         },
         "feature_inputs": {
-            side: {name: spec.name for name, spec in specs.items()}
-            for side, specs in inputs.items()
+            side: {name: spec.name for name, spec in specs.items()} for side, specs in names.items()
         },
+        "history_length": model.history_length,
+        "repeat_bonus": None if bonus is None else asdict(bonus),
         "reading": model.reading.as_json(),
-        "user_data": user_data,
-        "exclude": rule_of(model),
+        "exclude": rule_with(model.exclude, has_bonus=bonus is not None),
         "has_item_bias": model.has_item_bias,
         "items_read": items_read.isoformat(),
         # A clock that is ahead may date an event after the reading. If that ended the log, no event
         # in service would count until then.
         "histories_until": min(model.histories_until or items_read, items_read).isoformat(),
-        "example_user": next((q["user_id"] for q in queries if "user_id" in q), None),
-    }
-    return export_index(
-        path,
-        options,
-        encoder=Encoder(model, user_data=user_data),
-        embeddings=embed_corpus(embed, len(model.candidate_ids))[rows],
-        items=items.drop_columns([LISTED] if LISTED in items.column_names else []).take(rows),
-        queries=queries,
-        manifest={**about, **(manifest or {})},
-    )
-
-
-def export_index(
-    path: str | Path,
-    options: ExportOptions,
-    *,
-    encoder: Encoder,
-    embeddings: np.ndarray,
-    items: pa.Table,
-    queries: Sequence[Query],
-    manifest: Mapping[str, Any],
-) -> tuple[Path, dict[str, Any]]:
-    """Exports an index over candidates behind an encoder, built or loaded.
-
-    `embeddings` has a row for each of `items`. Returns the new version's folder and its manifest:
-    another export may delete the file at any time.
-    """
-    shown = {"item_id": items["item_id"]}
-    if "title" in items.column_names:  # With titles, people can read the answers.
-        shown["title"] = items["title"].cast(pa.string())
-    item_filter = None
-    if (name := options.filter_by) is not None:
-        if name not in items.column_names:
-            known = ", ".join(items.column_names)
-            raise ValueError(
-                f"filter_by must name a column of the items. Received: {name!r}; known: {known}"
-            )
-        shown[publish.FILTER_COLUMN] = items[name]
-        values = to_text_lists(items[name])[0].unique().to_pylist()
-        item_filter = {"name": name, "values": sorted(values)}
-    ids, features = items["item_id"].to_numpy(), features_of(manifest)
-    queries, index = queries[:NUM_QUERIES], options.index
-    if isinstance(index, Auto):
-        index = index.choose(len(embeddings))
-    tuned = None
-    description: dict[str, Any] = {"kind": index.kind}
-    if isinstance(index, Scann):
-        embedded = embed_queries(encoder, queries, features)
-        requests = Requests(embedded, known_rows(encoder, queries, ids))
-        tuning, measured = requests.for_tuning_and_measuring()
-        tuned = tune_index(embeddings, tuning, target_recall=index.recall)
-        description |= {
-            "target_recall": index.recall,
-            "num_leaves": tuned.num_leaves,
-            "levels": [asdict(level) for level in tuned.levels],
-            "requests": measure_requests(tuned.candidates(embeddings), measured),
-        }
-    # Both SavedModels share the vectors in memory, but each folder holds them on its own.
-    exact, has_bias = ExactIndex(embeddings), manifest.get("has_item_bias", False)
-    module = RetrievalModule(encoder, exact, ids, has_bias)
-    # What the export writes itself comes last: a refresh brings the manifest of the version before.
-    full = {
-        **manifest,
-        "format": publish.FORMAT,
-        "index": description,
-        "filter": item_filter,
-        "export": asdict(options),
-        "name": Path(path).name,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "signatures": sorted(module.exported),
-        "versions": {
-            library: importlib.metadata.version(library)
-            for library in LIBRARIES
-            if library != "scann" or has_scann()
+        "stored": {
+            "users_are_text": model.query_ids.dtype != np.int64,
+            "reads_times": model.history_times is not None,
+            "user_features": [*model.query_columns],
         },
     }
-    with publish.new_version(Path(path), keep=options.keep_versions) as (partial, folder):
-        modules = {partial: module}
-        if tuned is not None:
-            # For the server; the operation reads the same files.
-            tuned.searcher.save(partial / publish.INDEX_FOLDER)
-            scann = ScannIndex(exact, partial / publish.INDEX_FOLDER, tuned.levels)
-            check_operation(scann, tuned.searcher, embedded[:NUM_PROBES])
-            with_scann = RetrievalModule(encoder, scann, ids, has_bias)
-            modules[partial / publish.SCANN_FOLDER] = with_scann
-        allowed_ops = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
-        for saved_to, saved in modules.items():
-            with naming(Path(path), tf.errors.OpError):
-                try:
-                    tf.saved_model.save(saved, str(saved_to), saved.exported, allowed_ops)
-                except tf.errors.ResourceExhaustedError as error:
-                    if (text := os.strerror(errno.ENOSPC)) not in error.message:
-                        raise
-                    # TensorFlow names a file of its own, which is gone by now.
-                    raise OSError(errno.ENOSPC, text) from error
-        (partial / publish.ITEMS_FILE).parent.mkdir()
-        pq.write_table(pa.table(shown), partial / publish.ITEMS_FILE)
-        read = signature_inputs(encoder.embed_query)
-        table = query_table(queries, items, features["request"], read)
-        pq.write_table(table, partial / publish.QUERIES_FILE)
-        files = [path for path in partial.rglob("*") if path.is_file()]
-        # As a reader of the file gets it: tuples are lists, and dates are text.
-        full = json.loads(json.dumps(full, default=str))
-        write_record(partial / publish.MANIFEST_FILE, full, files)
-        # The last thing before the rename, so that no version is published without this proof.
-        prove(modules, queries[:NUM_PROBES], ids[:NUM_PROBES].tolist(), features)
-    return folder, full
 
 
-def describe_index(description: Mapping[str, Any], num_candidates: int) -> str:
-    """Describes the "index" of a manifest in a sentence."""
-    if description["kind"] == "exact":
-        return f"exact search over {num_candidates:,} candidates"
-    recalls = [request["recall"] for request in description["requests"]]
-    lowest = min(recalls, default=description["target_recall"])
-    return f"ScaNN finds at least {lowest:.4f} of the exact answer on average"
+def _stored(model: Exportable, user_data: bool) -> dict[str, Any]:
+    """Returns what `Stored.write` writes of a model; without `user_data`, nothing of users."""
+    lists = {
+        "histories": model.histories,
+        "known": model.known_positives,
+        "disliked": model.disliked,
+    }
+    stored = {"item_ids": model.candidate_ids, "user_ids": model.query_ids, "lists": lists}
+    if user_data:
+        return {**stored, "times": model.history_times, "columns": model.query_columns}
+    return {
+        **stored,
+        "user_ids": model.query_ids[:0],
+        "lists": dict.fromkeys(lists, RowLists.empty(1)),
+        "times": None if model.history_times is None else np.zeros(0),
+        "columns": {name: values[:0] for name, values in model.query_columns.items()},
+    }
 
 
 def stored_queries(model: Exportable) -> list[Query]:
@@ -318,29 +212,3 @@ def stored_queries(model: Exportable) -> list[Query]:
             query[HISTORY_TIMESTAMPS] = times[is_known]
         queries.append(query)
     return queries
-
-
-def query_table(
-    queries: Sequence[Query], items: pa.Table, request: Sequence[Feature], read: Collection[str]
-) -> pa.Table:
-    """Makes a table of queries, with the columns that the encoder's inputs `read` need."""
-    ids = pa.list_(items.schema.field("item_id").type)
-    columns = {
-        "user_id": pa.array([query.get("user_id") for query in queries]),
-        "history": pa.array([list(history_of(query)) for query in queries], ids),
-    }
-    if HISTORY_TIMESTAMPS in read:
-        columns[HISTORY_TIMESTAMPS] = pa.array(item_times(queries), pa.list_(pa.float64()))
-    if request or TIMESTAMP in read:
-        requests = [query.get("request") or {} for query in queries]
-        names = [*(feature.name for feature in request), TIMESTAMP]
-        values = {name: [request_.get(name) for request_ in requests] for name in names}
-        for feature in request:  # Categories of several types become one; "" is a missing one.
-            if feature.raw_dtype == "string":
-                values[feature.name] = [
-                    (list(filter(None, row)) if isinstance(row, list) else row) or None
-                    for row in feature.to_raw(values[feature.name]).tolist()
-                ]
-        rows = zip(*values.values(), strict=True)
-        columns["request"] = pa.array([dict(zip(values, row, strict=True)) for row in rows])
-    return pa.table(columns)
