@@ -67,17 +67,17 @@ def module_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trusted_exports() -> Iterator[None]:
     """Skips the check of exports in a fresh process, which takes seconds and has its own tests."""
-    from tfrs_pipeline.export import export
+    from tfrs_pipeline.service import version
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "prove", lambda *arguments: None)
+        patch.setattr(version, "prove", lambda *arguments: None)
         yield
 
 
 @pytest.fixture(scope="module")
 def few_signatures() -> Iterator[None]:
     """Exports only the signatures for users and histories, which takes half the time."""
-    from tfrs_pipeline.service import saved_model
+    from tfrs_pipeline.export import saved_model
 
     with pytest.MonkeyPatch.context() as patch:
         few = {"retrieve_user": "embed_user", "retrieve": "embed_query"}

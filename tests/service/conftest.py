@@ -1,7 +1,6 @@
 """A small untrained model behind the serving modules, whose answers can be computed by hand."""
 
 import functools
-import hashlib
 import os
 import shutil
 import tempfile
@@ -13,7 +12,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pytest
-import tensorflow as tf
 
 from tests.service.running_server import Running
 from tfrs_pipeline import Exportable, LoadedRetriever, TwoTower, TwoTowerNetwork, load
@@ -31,8 +29,9 @@ from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.search.searcher import Searcher
 from tfrs_pipeline.search.settings import Exact, Level, Scann
 from tfrs_pipeline.search.topk import ExactRetriever
-from tfrs_pipeline.service.publish import RETRIEVALS, versions_of
-from tfrs_pipeline.service.versions import ServedVersion
+from tfrs_pipeline.service import version
+from tfrs_pipeline.service.publish import versions_of
+from tfrs_pipeline.service.signatures import RETRIEVALS
 
 NUM_QUERIES, NUM_CANDIDATES = 6, 60
 EVIL = "<script>alert(1)</script> & \"quoted\" 'é'"
@@ -197,7 +196,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         model.parent.mkdir(parents=True, exist_ok=True)
         queries = served.queries()
         with locked(model.with_name("lock"), wait=True), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(export, "prove", lambda *arguments: None)
+            patch.setattr(version, "prove", lambda *arguments: None)
             patch.setattr(saved_model, "RETRIEVALS", RETRIEVALS)
             if not versions_of(model):
                 export.export(
@@ -210,27 +209,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         return model
 
     return once
-
-
-GRAPHS: dict[bytes, Any] = {}
-
-
-@pytest.fixture(scope="module")
-def loaded_once() -> Iterator[None]:
-    """Loads equal graphs once, wherever they are copied: loading takes a second."""
-    real = tf.saved_model.load
-
-    def load(folder: str) -> Any:
-        files = [Path(folder) / "saved_model.pb", *sorted((Path(folder) / "variables").iterdir())]
-        content = hashlib.sha256(b"".join(path.read_bytes() for path in files)).digest()
-        if content not in GRAPHS:
-            GRAPHS[content] = real(folder)
-        return GRAPHS[content]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tf.saved_model, "load", load)
-        patch.setattr(ServedVersion, "release", lambda self: None)  # Other versions use its tables.
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from tfrs_pipeline.service.live_items import STORE_FILE, Store, _check_kind, _pl
 from tfrs_pipeline.service.user_events import JOURNAL_FILE
 
 ITEMS = "/v1/models/films/items"
-pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 
 
 @pytest.fixture

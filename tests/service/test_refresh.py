@@ -26,7 +26,7 @@ from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.service import retriever
 from tfrs_pipeline.service.publish import MANIFEST_FILE, versions_of
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 
 
 NUM_GONE = 7

@@ -23,7 +23,7 @@ from tfrs_pipeline.search.settings import Exact, Level, Scann
 from tfrs_pipeline.service.publish import SCANN_FOLDER
 from tfrs_pipeline.service.retriever import LoadedRetriever, load
 
-pytestmark = pytest.mark.usefixtures("few_signatures", "loaded_once")
+pytestmark = pytest.mark.usefixtures("few_signatures")
 # A bonus in a ScaNN index, and a penalty in an exact one.
 BONUSES = {"int": RepeatBonus(3.0, power=0.5, forgetting=0.5), "str": RepeatBonus(-4.0, 0.0, 0.0)}
 

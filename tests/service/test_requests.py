@@ -23,7 +23,7 @@ from tfrs_pipeline.service import page, rest
 from tfrs_pipeline.service.settings import ServeSettings
 from tfrs_pipeline.service.versions import ServedVersion
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once")
+pytestmark = pytest.mark.usefixtures("trusted_exports")
 PROVE = export_module.prove
 FEATURES = (
     # Its input would have the same name as that of the user feature "gender".

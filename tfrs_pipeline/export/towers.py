@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
+from tfrs_pipeline.libraries import quiet_natives
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.tf_tables import tower_function
 from tfrs_pipeline.search.queries import candidate_inputs
@@ -33,12 +34,17 @@ def _write(
     model: Exportable,
 ) -> None:
     module = tf.Module(name=name)
-    module.embed = tower_function(embed, inputs)
-    assert EMBED == "embed"
-    function = module.embed.get_concrete_function()
+    traced = tower_function(embed, inputs)
+    setattr(module, EMBED, traced)
+    function = traced.get_concrete_function()
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function], module)
+    log = logging.getLogger("tensorflow")
+    level = log.level
     try:
-        (folder / f"{name}{LITERT_SUFFIX}").write_bytes(converter.convert())
+        log.setLevel(logging.ERROR)  # It warns of collections that no tower has.
+        with quiet_natives():
+            converted = converter.convert()
+        (folder / f"{name}{LITERT_SUFFIX}").write_bytes(converted)
     except Exception as error:  # The converter raises whatever its parts do.
         *_, reason = str(error).strip().splitlines() or [type(error).__name__]
         logger.warning(
@@ -48,3 +54,5 @@ def _write(
         )
         module.held = list(model.variables)  # Tracked, so that they are saved.
         tf.saved_model.save(module, str(folder / name))
+    finally:
+        log.setLevel(level)

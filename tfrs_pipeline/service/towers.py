@@ -1,14 +1,13 @@
 """The towers of a version: LiteRT runs them, or TensorFlow those that LiteRT cannot."""
 
-import contextlib
-import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tfrs_pipeline.libraries import quiet_natives
 from tfrs_pipeline.search.queries import INPUT, Arrays, Tower
 from tfrs_pipeline.service.publish import SERVICE_FOLDER
 
@@ -52,8 +51,9 @@ class LiteRtTower:
         if not hasattr(self._threads, "made"):
             from ai_edge_litert.interpreter import Interpreter
 
-            with _quiet():
+            with quiet_natives():  # XNNPACK writes a line at its start.
                 interpreter = Interpreter(model_path=str(self._path), num_threads=1)
+                interpreter.allocate_tensors()
             details = {
                 _plain_name(entry["name"]): entry for entry in interpreter.get_input_details()
             }
@@ -68,19 +68,6 @@ class LiteRtTower:
 def _plain_name(name: str) -> str:
     """Returns the name of an input without what the conversion adds to it."""
     return name.rpartition("serving_default_")[2].partition(":")[0]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the line that LiteRT's XNNPACK writes at its start off the standard error."""
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
 
 
 class TensorFlowTower:
