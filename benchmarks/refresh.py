@@ -28,7 +28,7 @@ from live import Reader
 from record import parser_with_json, write_json
 from serving import NAME, Clusters
 
-from tfrs_pipeline.export.export import export
+from tfrs_pipeline.exports.export import export
 from tfrs_pipeline.search.searcher import build_in_subprocess
 from tfrs_pipeline.search.settings import Exact
 from tfrs_pipeline.service.retriever import load

@@ -102,7 +102,7 @@ class Clusters:
 
 def build_export(directory: Path, num_candidates: int, seed: int) -> Path:
     """Exports items in clusters with a ScaNN index."""
-    from tfrs_pipeline.export.export import export
+    from tfrs_pipeline.exports.export import export
     from tfrs_pipeline.search.settings import Scann
 
     model = Clusters(num_candidates, seed)

@@ -17,10 +17,10 @@ from tests.service.running_server import Running
 from tfrs_pipeline import Exportable, LoadedRetriever, TwoTower, TwoTowerNetwork, load
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.durable import locked
-from tfrs_pipeline.export import export, saved_model
-from tfrs_pipeline.export.encoder import Encoder
-from tfrs_pipeline.export.graph_index import ExactIndex, ScannIndex
-from tfrs_pipeline.export.saved_model import RetrievalModule
+from tfrs_pipeline.exports import export, saved_model
+from tfrs_pipeline.exports.encoder import Encoder
+from tfrs_pipeline.exports.graph_index import ExactIndex, ScannIndex
+from tfrs_pipeline.exports.saved_model import RetrievalModule
 from tfrs_pipeline.features.categorical import Categorical, MultiCategorical
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.corpus import Corpus
@@ -56,12 +56,14 @@ class Served:
     titles: list[str]
     request_features: tuple[Feature, ...] = ()
     history_times: np.ndarray | None = None
+    corpus: Corpus | None = None
 
     @property
     def ids(self) -> str:
         return "int" if self.candidate_ids.dtype == np.int64 else "str"
 
     def exportable(self) -> Exportable:
+        assert self.corpus is not None
         genres = pa.array(self.genres, pa.list_(pa.string()))
         ids = self.candidate_ids.tolist()
         return Exportable(
@@ -75,14 +77,15 @@ class Served:
             known_positives=RowLists.from_lists([np.unique(rows) for rows in self.clicks]),
             history_times=self.history_times,
             query_features=self.query_features,
+            query_columns=self.corpus.query_columns,
             request_features=self.request_features,
             candidate_features=self.candidate_features,
         )
 
     @functools.cached_property
     def in_memory(self) -> ExactRetriever:
-        ids = Ids(self.candidate_ids), Ids(self.query_ids)
-        encoder = query_encoder(self.model, Corpus(*ids, request_features=self.request_features))
+        assert self.corpus is not None
+        encoder = query_encoder(self.model, self.corpus)
         return ExactRetriever(self.candidate_ids, self.model.embed_corpus(), encoder)
 
     def known(self, row: int) -> list[Any]:
@@ -166,6 +169,7 @@ def make_served(
         titles=[EVIL if i == 5 else f"The {i}th Film" for i in range(NUM_CANDIDATES)],
         request_features=request_features,
         history_times=_times(histories) if reads_times else None,
+        corpus=corpus,
     )
 
 

@@ -15,9 +15,9 @@ from tests.service.conftest import make_served
 from tests.service.running_server import Running, retrieve_user
 from tests.service.test_user_events import by_history, by_user, event
 from tfrs_pipeline import Exact, LoadedRetriever, export, load, recommend
-from tfrs_pipeline.export.encoder import Encoder
-from tfrs_pipeline.export.graph_index import ExactIndex
-from tfrs_pipeline.export.saved_model import RetrievalModule
+from tfrs_pipeline.exports.encoder import Encoder
+from tfrs_pipeline.exports.graph_index import ExactIndex
+from tfrs_pipeline.exports.saved_model import RetrievalModule
 from tfrs_pipeline.model.tf_tables import as_ids
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.search.exclusions import rule_of_version

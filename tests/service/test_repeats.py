@@ -12,9 +12,9 @@ import tensorflow as tf
 
 from tests.search.test_settings import clustered
 from tests.service.conftest import NUM_CANDIDATES, Served
-from tfrs_pipeline.export.encoder import query_arrays
-from tfrs_pipeline.export.export import export
-from tfrs_pipeline.export.graph_index import load_scann_ops
+from tfrs_pipeline.exports.encoder import query_arrays
+from tfrs_pipeline.exports.export import export
+from tfrs_pipeline.exports.graph_index import load_scann_ops
 from tfrs_pipeline.model.tf_tables import as_ids, as_tensors, completed, id_rows, signature_inputs
 from tfrs_pipeline.search.candidates import Candidates
 from tfrs_pipeline.search.repeats import RepeatBonus

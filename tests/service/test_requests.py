@@ -14,8 +14,8 @@ from starlette.exceptions import HTTPException
 
 from tests.service.conftest import NUM_QUERIES, Served, make_served
 from tfrs_pipeline import Exact, LoadedRetriever, export, load
-from tfrs_pipeline.export import export as export_module
-from tfrs_pipeline.export.encoder import Encoder, embed_queries
+from tfrs_pipeline.exports import export as export_module
+from tfrs_pipeline.exports.encoder import Encoder, embed_queries
 from tfrs_pipeline.features.categorical import Categorical, MultiCategorical
 from tfrs_pipeline.features.numeric import Numeric, Timestamp, Vector
 from tfrs_pipeline.run.refresh import refresh_index

@@ -19,7 +19,7 @@ from tests.damage import copy_database
 from tests.service.conftest import NUM_CANDIDATES, Served, make_served
 from tests.service.running_server import Running, retrieve_user, send, until
 from tfrs_pipeline.durable import Damaged, StorageError, read_record, write_record
-from tfrs_pipeline.export import export as export_module
+from tfrs_pipeline.exports import export as export_module
 from tfrs_pipeline.search.settings import Exact
 from tfrs_pipeline.service.live_items import _plain
 from tfrs_pipeline.service.log_of_service import record_file, write_log

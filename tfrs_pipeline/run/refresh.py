@@ -98,7 +98,7 @@ def _save_graphs(
         return {}
     about = {name: manifest[name] for name in ("index", "has_item_bias")}
     done = in_fresh_process(
-        "tfrs_pipeline.export.saved_model:save_again",
+        "tfrs_pipeline.exports.saved_model:save_again",
         *map(str, (folder, before)),
         stdin=pickle.dumps((about, probes)),
     )

@@ -64,7 +64,9 @@ class Engine:
     def _as_arrays(self, embedded: dict[str, Any]) -> dict[str, np.ndarray]:
         """Pads what differs in length by query: ids with empty ones, bonuses with 0."""
         items = self._parts.stored.items
-        if (known := embedded.pop("known_items", None)) is not None and any(known):
+        known = embedded.pop("known_items", None)
+        # As in the SavedModel: absent where the version leaves nothing out for anyone.
+        if known is not None and (any(known) or self._users.has_left_out):
             embedded["known_items"] = padded_ids(known, items.are_text)
         if (repeats := embedded.pop("repeats", None)) is not None:
             ids = [items.take(rows).tolist() for rows, _ in repeats]

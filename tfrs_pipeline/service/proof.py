@@ -75,7 +75,7 @@ def prove(folder: Path, probes: Answers, expected: Mapping[str, Answers]) -> Non
             part: {name: (probes[name], answers[name]) for name in answers}
             for part, answers in expected.items()
         }
-        _ask("tfrs_pipeline.export.saved_model:answer_graph_probes", folder, by_part)
+        _ask("tfrs_pipeline.exports.saved_model:answer_graph_probes", folder, by_part)
 
 
 def _ask(function: str, folder: Path, expected: Any) -> None:

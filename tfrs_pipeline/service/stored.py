@@ -181,6 +181,11 @@ class Stored:
         """Returns what a user clicked; if the version was trained with `seen`, what they saw."""
         return self._ids(self._known[row])
 
+    @property
+    def has_dislikes(self) -> bool:
+        """Whether any user disliked anything in the training's log."""
+        return bool(len(self._disliked.values))
+
     def disliked(self, row: int) -> list[Any]:
         """Returns what a user disliked in the training's log."""
         return self._ids(self._disliked[row])

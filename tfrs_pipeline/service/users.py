@@ -68,6 +68,11 @@ class Users:
         until = manifest.get("histories_until", manifest["items_read"])
         self.until = round(1000 * datetime.fromisoformat(until).timestamp())
 
+    @property
+    def has_left_out(self) -> bool:
+        """Whether the version itself holds items that answers to some user leave out."""
+        return self._rule != "none" or self._stored.has_dislikes
+
     def states(self, user_ids: Sequence[Any]) -> list[UserState]:
         """Returns users as they are now."""
         stored, recent = self._stored, self.until_now(user_ids)

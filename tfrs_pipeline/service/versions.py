@@ -70,7 +70,7 @@ class ServedVersion:
         if settings.page:
             self.titles = dict.fromkeys(self.retriever.candidate_ids()) | self.retriever.titles()
         self.signature_def: dict[str, Any] = json.loads((folder / SIGNATURES_FILE).read_text())
-        for name in self.retriever.signatures.keys() - self.signature_def:
+        for name in [name for name in self.retriever.signatures if name.endswith(FILTERED)]:
             # The server adds these, with a filter: lists of text beside lists of ids to exclude.
             definition = copy.deepcopy(self.signature_def[name.removesuffix(FILTERED)])
             exclude = definition["inputs"]["exclude"]

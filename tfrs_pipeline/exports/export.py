@@ -14,9 +14,9 @@ import tensorflow as tf
 
 from tfrs_pipeline.data.schema import LISTED
 from tfrs_pipeline.durable import naming
-from tfrs_pipeline.export.encoder import Encoder
-from tfrs_pipeline.export.saved_model import answers_of, save_graphs
-from tfrs_pipeline.export.towers import write_towers
+from tfrs_pipeline.exports.encoder import Encoder
+from tfrs_pipeline.exports.saved_model import answers_of, save_graphs
+from tfrs_pipeline.exports.towers import write_towers
 from tfrs_pipeline.features.encoding import raw_signature
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.exportable import Exportable

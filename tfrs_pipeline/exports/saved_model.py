@@ -17,8 +17,8 @@ import tensorflow as tf
 from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
-from tfrs_pipeline.export.encoder import EMBEDDINGS, Encoder
-from tfrs_pipeline.export.graph_index import (
+from tfrs_pipeline.exports.encoder import EMBEDDINGS, Encoder
+from tfrs_pipeline.exports.graph_index import (
     ExactIndex,
     ScannIndex,
     load_scann_ops,
