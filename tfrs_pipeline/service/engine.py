@@ -115,10 +115,10 @@ class Engine:
             return self.item_queries(arrays["item_id"].tolist())
         known: dict[str, Any] = {}
         if name == "embed_user":
-            states = self._users.states(arrays["user_id"].tolist())
-            histories = [state.history for state in states]
-            known["known_items"] = [state.left_out for state in states]
-            is_known = np.array([state.is_known for state in states], bool)
+            users = self._users.now(arrays["user_id"].tolist())
+            histories = [self._parts.inputs.history(user.history, user.times) for user in users]
+            known["known_items"] = list(map(self._users.left_out, users))
+            is_known = np.array([user.is_known for user in users], bool)
         else:
             histories = self._parts.inputs.histories(arrays)
             is_known = self._parts.stored.users.rows(arrays["user_id"]) > 0

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 from tfrs_pipeline.data.ids import Ids, parse_id
 from tfrs_pipeline.retrieval import check_ids
 from tfrs_pipeline.samples.store import RowLists
-from tfrs_pipeline.search.queries import History
 
 _ITEMS = "items.parquet"
 _SORTED, _ROWS, _BYTES, _OFFSETS = "sorted", "rows", "bytes", "offsets"
@@ -162,20 +161,14 @@ class Stored:
         check_ids([item_ids], are_text=self.items.are_text)
         return self.items.rows(item_ids) > 0
 
-    def history_rows(self, row: int) -> History:
-        """Returns what a user clicked, most recent first, without items that training lacked."""
-        rows = self._histories[row]
-        is_known = rows > 0
-        if self._times is None:
-            return History(rows[is_known])
-        times = self._times[self._histories.offsets[row] : self._histories.offsets[row + 1]]
-        return History(rows[is_known], times[is_known])
+    def history(self, row: int) -> tuple[list[Any], np.ndarray]:
+        """Returns what a user clicked, oldest first, without items that the training did not have.
 
-    def history(self, row: int) -> list[tuple[Any, float]]:
-        """Returns what a user clicked, oldest first: ids, and seconds since 1970 (NaN: unknown)."""
-        rows, times = self.history_rows(row)
-        seconds = [np.nan] * len(rows) if times is None else times.tolist()
-        return [*zip(self._ids(rows), seconds, strict=True)][::-1]
+        Ids, and their times, [n] float64 seconds since 1970, NaN where unknown.
+        """
+        rows, start, end = self._histories[row], *self._histories.offsets[row : row + 2]
+        times = np.full(len(rows), np.nan) if self._times is None else self._times[start:end]
+        return self._ids(rows)[::-1], times[rows > 0][::-1]
 
     def known(self, row: int) -> list[Any]:
         """Returns what a user clicked; if the version was trained with `seen`, what they saw."""
