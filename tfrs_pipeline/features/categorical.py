@@ -100,7 +100,7 @@ class Categorical(Category, Vocabulary):
         """Takes all values as the vocabulary."""
         return cls(name, tuple(sorted(count_rows(column)[0])))
 
-    def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
+    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B] int32."""
         return self.codes(cleaned(raw, self.vocabulary))
 
@@ -133,7 +133,7 @@ class Hashed(Category):
         """Number of buckets."""
         return self.num_buckets
 
-    def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
+    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B] int32 buckets from 1, 0 where missing."""
         # Keras keeps bucket 0 for the mask.
         # FarmHash is part of the graph, so a server needs no table.
@@ -273,7 +273,7 @@ class MultiCategorical(ValueLists):
         """Returns [n, longest] object of str, padded with ""."""
         return padded(*to_text_lists(column))
 
-    def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
+    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B, num_values] int32 codes, the known ones first."""
         if has_booleans(self.vocabulary):
             raw = lower_booleans(raw)
@@ -356,7 +356,7 @@ class Text(ValueLists):
         values = pa.array(words.flat_values.numpy(), pa.binary()).cast(pa.string())
         return values, words.row_lengths().numpy()
 
-    def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
+    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B, num_values] int32, the known words first."""
         return self.known_lists(_words(raw))
 
