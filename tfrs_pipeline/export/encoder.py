@@ -8,9 +8,9 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.features import encoding
+from tfrs_pipeline.features import encoding, graph
 from tfrs_pipeline.features.encoding import TIMESTAMP, raw_signature, request_signature
-from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.feature import Feature, Spec
 from tfrs_pipeline.features.kinds import feature_from_dict
 from tfrs_pipeline.features.raw import MAX_SECONDS, to_seconds
 from tfrs_pipeline.model import tf_tables
@@ -86,12 +86,12 @@ class Encoder(tf.Module):
         query = [user_id, tf.TensorSpec([None, None], item_dtype, "history")]
         if self._reads_times:
             query.append(tf.TensorSpec([None, None], tf.float64, HISTORY_TIMESTAMPS))
-        query_features = raw_signature(self._query_features).values()
-        candidate_features = raw_signature(self._candidate_features).values()
+        query_features = graph.tensor_specs(raw_signature(self._query_features)).values()
+        candidate_features = graph.tensor_specs(raw_signature(self._candidate_features)).values()
         self._request_signature = request_signature(
             self._request_features, self._query_features, reads_times=self._reads_times
         )
-        request = self._request_signature.values()
+        request = graph.tensor_specs(self._request_signature).values()
         self.embed_user: Any = None
         if user_data:
             self.embed_user = traced(self._embed_user, [user_id, *request])
@@ -166,7 +166,7 @@ class Encoder(tf.Module):
     def _encoded_features(self, raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Encodes the features of the request and, where the signature has them, of the user."""
         values = {name: raw[spec.name] for name, spec in self._request_signature.items()}
-        features = encoding.encode_requests(self._request_features, values)
+        features = graph.encode_requests(self._request_features, values)
         # Without the user's features in the signature, the model takes those that it holds.
         if all(spec.name in raw for spec in raw_signature(self._query_features).values()):
             features |= _encoded(self._query_features, raw)
@@ -357,7 +357,7 @@ def _content(variable: tf.Variable) -> np.ndarray:
 
 def _encoded(features: Sequence[Feature], raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     values = {name: raw[spec.name] for name, spec in raw_signature(features).items()}
-    return encoding.encode_raw(features, values)
+    return graph.encode_raw(features, values)
 
 
 def _feature_argument(features: Mapping[str, tf.Tensor]) -> dict[str, Mapping[str, tf.Tensor]]:
@@ -445,7 +445,7 @@ def feature_arrays(features: Sequence[Feature], queries: Sequence[Query]) -> dic
 
 
 def _by_input(
-    specs: Mapping[str, tf.TensorSpec], raw: Mapping[str, np.ndarray]
+    specs: Mapping[str, Spec], raw: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Names the arrays of features as the inputs of a signature are named."""
     return {spec.name: raw[name] for name, spec in specs.items()}

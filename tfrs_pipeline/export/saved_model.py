@@ -20,6 +20,7 @@ from tfrs_pipeline.export.graph_index import (
 )
 from tfrs_pipeline.features.encoding import raw_signature
 from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.graph import tensor_specs
 from tfrs_pipeline.model import tf_tables
 from tfrs_pipeline.model.tf_tables import as_tensors, completed, signature_inputs
 from tfrs_pipeline.retrieval import Query
@@ -182,7 +183,8 @@ def prove(
 def _examples(features: Sequence[Feature], num_rows: int) -> dict[str, tf.Tensor]:
     """Makes inputs of a value that each feature knows, by the name of the input."""
     inputs = {}
-    for feature, spec in zip(features, raw_signature(features).values(), strict=True):
+    specs = tensor_specs(raw_signature(features)).values()
+    for feature, spec in zip(features, specs, strict=True):
         value = (*feature.vocabulary, "1")[0] if spec.dtype == tf.string else 1.0
         shape = [num_rows, *(size or 1 for size in spec.shape[1:])]
         inputs[spec.name] = tf.fill(shape, tf.constant(value, spec.dtype))

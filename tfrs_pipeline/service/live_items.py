@@ -377,7 +377,7 @@ def _check_kind(feature: Feature, item_id: Any, value: Any) -> None:
     needs = "text"
     if feature.is_time:
         wrong, needs = (bool, int, float, list), "text, ISO 8601 with a time zone"
-    elif feature.raw_spec.dtype.is_floating:
+    elif feature.raw_dtype != "string":
         wrong, needs = (str, bool, list), "numbers"
     is_list, is_one = isinstance(value, list), feature.raw_shape == ()
     entries = value if is_list else [value]
