@@ -174,6 +174,7 @@ def _about(model: Exportable) -> dict[str, Any]:
         "histories_until": min(model.histories_until or items_read, items_read).isoformat(),
         "stored": {
             "users_are_text": model.query_ids.dtype != np.int64,
+            "items_are_text": model.candidate_ids.dtype != np.int64,
             "reads_times": model.history_times is not None,
             "user_features": [*model.query_columns],
         },
