@@ -390,7 +390,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=50, help="Of each of them (50).")
     parser.add_argument("--items", type=int, default=100_000, help="Generated (100,000).")
     parser.add_argument("--queries", type=int, default=2000, help="Of each client (2,000).")
-    parser.add_argument("--recommend-users", type=int, default=20_000, help="(20,000)")
+    parser.add_argument("--recommend-users", type=int, default=200_000, help="(200,000)")
     parser.add_argument("--task", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:
