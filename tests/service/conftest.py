@@ -29,7 +29,7 @@ from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.search.searcher import Searcher
 from tfrs_pipeline.search.settings import Exact, Level, Scann
 from tfrs_pipeline.search.topk import ExactRetriever
-from tfrs_pipeline.service import version
+from tfrs_pipeline.service import signatures, version
 from tfrs_pipeline.service.publish import versions_of
 from tfrs_pipeline.service.signatures import RETRIEVALS
 
@@ -201,7 +201,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         queries = served.queries()
         with locked(model.with_name("lock"), wait=True), pytest.MonkeyPatch.context() as patch:
             patch.setattr(version, "prove", lambda *arguments: None)
-            patch.setattr(saved_model, "RETRIEVALS", RETRIEVALS)
+            for module in (saved_model, signatures):
+                patch.setattr(module, "RETRIEVALS", RETRIEVALS)
             if not versions_of(model):
                 export.export(
                     served.exportable(),

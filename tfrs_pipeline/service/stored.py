@@ -76,7 +76,7 @@ class MappedIds:
             position = int(np.searchsorted(self._sorted, id_))
             is_there = position < len(self) and self._sorted[position] == id_
         else:
-            wanted = (id_ or "").encode(errors="replace")
+            wanted = (id_ or "").encode(errors="surrogatepass")
             position = bisect.bisect_left(range(len(self)), wanted, key=self._text)
             is_there = position < len(self) and self._text(position) == wanted
         return int(self._rows[position]) if is_there else 0
