@@ -12,7 +12,9 @@ import pytest
 import tfrs_pipeline
 
 PACKAGE = Path(tfrs_pipeline.__file__).parent
-FIRST = "libraries messages settings retrieval durable features cluster data sources negatives"
+FIRST = (
+    "libraries messages settings retrieval durable features cluster data sources negatives testing"
+)
 LAST = (
     "samples batches search evaluation drawing service model export presets config run report cli"
 )

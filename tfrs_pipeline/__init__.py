@@ -74,8 +74,9 @@ _NAMES = {
     "settings": ("ConfigError",),
 }
 # Other modules that users may import from: sources of logs, base classes and lists of custom
-# features, baselines and metrics, and the command line, for a program that adds such.
-PUBLIC_MODULES = ["cli", "features.kinds", "features.numeric"]
+# features, baselines and metrics, checks of custom negatives, and the command line, for a program
+# that adds such.
+PUBLIC_MODULES = ["cli", "features.kinds", "features.numeric", "testing"]
 PUBLIC_MODULES += ["evaluation.baselines", "evaluation.metrics"]
 PUBLIC_MODULES += ["sources.movielens", "sources.simulated"]
 PUBLIC = dict(sorted((name, module) for module, names in _NAMES.items() for name in names))

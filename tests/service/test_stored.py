@@ -48,6 +48,7 @@ def written(
     )
     manifest = {
         "users_are_text": users.dtype == object,
+        "items_are_text": True,
         "reads_times": times is not None,
         "user_features": ["age (years)", "tags"],
     }
@@ -58,16 +59,14 @@ def test_lists_are_those_of_each_user(tmp_path: Path) -> None:
     stored = written(tmp_path)
     assert stored.users.values() == [30, 10]
     assert stored.user_rows([10, 99, None, 30]) == [2, 0, 0, 1]
-    assert stored.history(1) == [("a", 7.0), ("b", 9.0)]
-    rows, times = stored.history_rows(1)
-    assert times is not None
-    assert (rows.tolist(), times.tolist()) == ([2, 1], [9, 7])  # Most recent first.
-    ((item, time),) = stored.history(2)
-    assert item == "c"
-    assert np.isnan(time)
+    ids, times = stored.history(1)
+    assert (ids, times.tolist()) == (["a", "b"], [7, 9])
+    ids, times = stored.history(2)
+    assert ids == ["c"]
+    assert np.isnan(times).tolist() == [True]
     assert [stored.known(row) for row in range(3)] == [[], ["a", "b"], ["c"]]
     assert [stored.disliked(row) for row in range(3)] == [[], ["c"], []]
-    assert stored.history(0) == []
+    assert stored.history(0)[0] == []
     assert stored.has_items(["b", "z", None]).tolist() == [True, False, False]
     np.testing.assert_array_equal(stored.columns["age (years)"], np.float32([1.5, np.nan]))
     np.testing.assert_array_equal(stored.columns["tags"], np.eye(2, 3))
