@@ -15,13 +15,11 @@ PACKAGE = Path(tfrs_pipeline.__file__).parent
 FIRST = (
     "libraries messages settings retrieval durable features cluster data sources negatives testing"
 )
-LAST = (
-    "samples batches search evaluation drawing service model export presets config run report cli"
-)
-ROOMS = f"{FIRST} {LAST}".split()
+LAST = "samples batches search evaluation drawing service model exports presets config run"
+ROOMS = f"{FIRST} {LAST} report cli".split()
 TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "scann"}
 LIGHT_ROOMS = "messages settings retrieval durable cluster drawing data sources samples evaluation"
-LIGHT_MODULES = "features negatives.samplers service.settings"
+LIGHT_MODULES = "features negatives.samplers search service run.refresh cli"
 LIGHT_STARTS = (*LIGHT_ROOMS.split(), *LIGHT_MODULES.split())
 IN_GRAPH = {"tfrs_pipeline.features.graph", "tfrs_pipeline.features.layers"}
 
@@ -71,7 +69,8 @@ def graph() -> dict[str, set[str]]:
 
 @functools.cache
 def graph_when_loaded() -> dict[str, set[str]]:
-    kinds = (module for module in SOURCES if room(module) in ("libraries", "features"))
+    deferred = ("libraries", "features", "service")
+    kinds = (module for module in SOURCES if room(module) in deferred)
     return graph() | {x: set(imports(SOURCES[x].read_text(), is_deferred=False)) for x in kinds}
 
 
