@@ -444,9 +444,7 @@ def feature_arrays(features: Sequence[Feature], queries: Sequence[Query]) -> dic
     return _by_input(raw_signature(features), raw)
 
 
-def _by_input(
-    specs: Mapping[str, Spec], raw: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def _by_input(specs: Mapping[str, Spec], raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Names the arrays of features as the inputs of a signature are named."""
     return {spec.name: raw[name] for name, spec in specs.items()}
 
