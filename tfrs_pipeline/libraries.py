@@ -1,6 +1,9 @@
 """Large libraries, imported when they are first used: settings name kinds without them."""
 
+import contextlib
 import importlib
+import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,3 +23,16 @@ else:
 
     names = ("ibis", "ibis.expr.types", "pyarrow", "pyarrow.compute", "tensorflow")
     ibis, ir, pa, pc, tf = map(_Library, names)
+
+
+@contextlib.contextmanager
+def quiet_natives() -> Iterator[None]:
+    """Discards what libraries write to the standard error past Python, such as lines of C++."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)

@@ -15,7 +15,7 @@ import tensorflow as tf
 from tests.model.conftest import tiny
 from tests.small_log import event_table, item_table, write
 from tfrs_pipeline import ConfigError, Exact, Log, RunConfig, load
-from tfrs_pipeline.export import export
+from tfrs_pipeline.exports import export
 from tfrs_pipeline.features.encoding import parse_request
 from tfrs_pipeline.features.feature import Feature, TableColumn
 from tfrs_pipeline.features.kinds import KINDS

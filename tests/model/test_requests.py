@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from tests.model.conftest import tiny
 from tfrs_pipeline import Batch, FittedTwoTower, Log, Split, TrainingSet, TwoTower
-from tfrs_pipeline.export.encoder import item_times
 from tfrs_pipeline.features.categorical import Categorical, Hashed
 from tfrs_pipeline.features.encoding import encode_requests, raw_requests, request_signature
 from tfrs_pipeline.features.numeric import Numeric
 from tfrs_pipeline.features.raw import to_seconds
+from tfrs_pipeline.search.queries import item_times
 
 HOUR = Categorical("hour", tuple(map(str, range(24))), is_from_timestamp=True)
 WEEKDAY = Numeric("weekday", is_from_timestamp=True)
