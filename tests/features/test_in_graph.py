@@ -1,5 +1,8 @@
 """Features encode in NumPy what the graph of a SavedModel encodes, and need no TensorFlow."""
 
+import pickle
+import subprocess
+import sys
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,21 +12,27 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.features.columns import fit
-from tfrs_pipeline.features import graph
+from tests.features.columns import FITTED, NEW, fit
+from tfrs_pipeline.features import categorical, encoding, graph
+from tfrs_pipeline.features.categorical import Categorical, Hashed, split_words
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS
+from tfrs_pipeline.features.numeric import Numeric
 
 # What either side might treat differently: spellings of values, cases, marks, spaces, scripts.
 PARTS = [
     *("", "a", "b", "M", "7", "7.0", "07.0", "-7.0", "7.00", "7.0\n", "7.5", ".0", "\uff17.0"),
     *("true", "True", "TRUE", "tRUE", " True ", "false", "False", "FALSE"),
     *("İ", "I", "ı", "i\u0307", "I\u0307", "ß", "ẞ", "ΤΕΛΟΣ", "Σ'Α", "Σ\u0301", "ǅ", "ﬁ", "Ꭰ"),  # noqa: RUF001
-    *("e\u0301", "\u0301", "हिन्दी", "สวัสดี", "ั", "か\u3099", "ラーメン", "ー", "ｶﾞ", "手机", "\U00030000", "한국어"),
+    *("e\u0301", "\u0301", "हिन्दी", "สวัสดี", "ั", "か\u3099", "ラーメン", "ー", "ｶﾞ"),
+    *("手机", "\U00030000", "한국어"),
     *("❤\ufe0f", "\ufe0f", "👩\u200d👧", "\U0001f468\U0001f3fd", "\U000e0101", "\u20dd"),
-    *(" ", "\t", "\n", "\v", "\f", "\r", "\x1c", "\x85", "\u00a0", "\u2003", "\u3000", "\u200b", "\ufeff", "\0"),
+    *(" ", "\t", "\n", "\v", "\f", "\r", "\0", "\x1c", "\x85"),
+    *("\u00a0", "\u2003", "\u3000", "\u200b", "\ufeff"),
     *("'", "''", "’", "_", "-", ".", "end's", "rock'n'roll", "²", "Ⅷ", "٣"),  # noqa: RUF001
 ]  # fmt: skip
+# Unicode 14 gave these a lower case (Glagolitic, Latin, Vithkuqi); TensorFlow's tables are older.
+NEW_CAPITALS = {*"\u2c2f\ua7c0\ua7d0\ua7d6\ua7d8", *map(chr, range(0x10570, 0x10596))}
 # TensorFlow treats subnormal numbers as 0, and NumPy does not.
 FLOATS = st.one_of(
     st.sampled_from([0.0, -0.0, np.nan, np.inf, -np.inf, 1.7e308, -1.7e308, -1e-20, 86_400.0]),
@@ -34,7 +43,7 @@ FLOATS = st.one_of(
 TEXTS = st.one_of(
     st.lists(st.sampled_from(PARTS), max_size=6).map("".join),
     st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=8),
-)
+).filter(lambda text: NEW_CAPITALS.isdisjoint(text))
 
 
 def assert_same(feature: Feature, raw: np.ndarray) -> None:
@@ -50,9 +59,7 @@ def assert_same(feature: Feature, raw: np.ndarray) -> None:
             continue
         # Logarithm, sine and cosine differ in the last bit of float64: by a rounding in float32,
         # or, near a zero of the sine, by the rounding of an angle of up to 2 pi.
-        np.testing.assert_array_equal(np.isnan(encoded), np.isnan(others))
-        np.testing.assert_array_max_ulp(*np.where(abs(encoded) < 1e-7, 0, [encoded, others]), 1)
-        np.testing.assert_allclose(encoded, others, rtol=1e-6, atol=1e-14)
+        np.testing.assert_allclose(encoded, others, rtol=2.0**-23, atol=1e-14)
 
 
 def raw_values(feature: Any) -> st.SearchStrategy[np.ndarray]:
@@ -84,7 +91,9 @@ FIT_ON: dict[str, st.SearchStrategy[list[Any]]] = {
         st.integers(-(10**9), 4 * 10**9).map(lambda s: datetime.fromtimestamp(s, UTC)), max_size=6
     ),
     "vector": st.lists(
-        st.lists(st.floats(-1e18, 1e18, width=32, allow_subnormal=False), min_size=3, max_size=3),
+        st.lists(
+            st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=False), min_size=3, max_size=3
+        ),
         min_size=1,
         max_size=4,
     ),
@@ -92,8 +101,89 @@ FIT_ON: dict[str, st.SearchStrategy[list[Any]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_arrays_are_encoded_as_tensors_are(kind: str, data: st.DataObject) -> None:
     feature = fit(kind, data.draw(FIT_ON[kind]), max_values=data.draw(st.integers(1, 8)))
     assert_same(feature, data.draw(raw_values(feature)))
+
+
+def test_every_character_is_split_into_words_as_in_a_graph() -> None:
+    # Between and after these, Unicode has assigned none but for private use.
+    points = *range(0xD800), *range(0xF900, 0x33500), *range(0xE0000, 0xE0200)
+    characters = [character for character in map(chr, points) if character not in NEW_CAPITALS]
+    # After a letter, after a character that is a word, between spaces, and before a letter.
+    texts = [
+        " ".join(f"a{x} 手{x} {x} {x}b" for x in characters[start : start + 1000])
+        for start in range(0, len(characters), 1000)
+    ]
+    words = categorical._words_in_graph(tf.constant(texts))
+    for text, others in zip(texts, words, strict=True):
+        assert split_words(text) == [word.decode() for word in others.numpy()]
+
+
+def test_texts_of_every_length_have_the_hash_of_a_graph() -> None:
+    feature = Hashed("x", num_buckets=2**20)
+    assert_same(feature, np.array(["xé"[i % 2] * i for i in range(300)], object))
+
+
+HOURS = Categorical("hour", tuple(map(str, range(24))), is_from_timestamp=True)
+NUMBERS = Numeric("hour", is_from_timestamp=True), Numeric("weekday", is_from_timestamp=True)
+
+
+@pytest.mark.parametrize("features", [(HOURS,), NUMBERS], ids=["text", "numbers"])
+def test_a_timestamp_fills_arrays_as_it_fills_tensors(features: Any) -> None:
+    moments = np.arange(-(10**9), 4 * 10**9, 3600 * 7919, dtype=float)
+    moments = np.concatenate([moments, moments + 3599.999, moments // 86_400 * 86_400, [np.nan]])
+    raw = encoding.raw_requests(features, [{}] * len(moments)) | {encoding.TIMESTAMP: moments}
+    for feature in features:  # One request in ten says it itself.
+        raw[feature.name][::10] = "3" if feature.raw_dtype == "string" else 3.0
+    specs = graph.tensor_specs(encoding.request_signature(features))
+    encode = tf.function(
+        lambda tensors: graph.encode_requests(features, tensors), input_signature=[specs]
+    )
+    others = encode({name: tf.constant(values) for name, values in raw.items()})
+    for name, encoded in encoding.encode_requests(features, raw).items():
+        assert len(np.unique(encoded[:-1])) >= 7
+        np.testing.assert_array_equal(encoded, others[name])
+
+
+def test_another_shape_is_refused() -> None:
+    for kind, raw in (("vector", np.zeros((2, 4))), ("numeric", np.zeros((2, 1)))):
+        with pytest.raises(ValueError, match=r"'x' must have the shape \(None.*Received: \(2, "):
+            fit(kind, FITTED[kind]).encode(raw)
+
+
+PROGRAM = r"""
+import importlib.abc, pickle, sys
+class Refusal(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in ("tensorflow", "tf_keras", "keras"):
+            raise ImportError(f"{name} is not there")
+sys.meta_path.insert(0, Refusal())
+from tfrs_pipeline.features.encoding import encode_requests, parse_request, raw_requests
+from tfrs_pipeline.features.kinds import KINDS, feature_from_dict
+fitted, new = pickle.load(sys.stdin.buffer)
+encoded = {}
+for kind, cls in KINDS.items():
+    feature = feature_from_dict(cls.fit(kind, fitted[kind]).to_dict())
+    typed = parse_request([feature], {kind: feature.example or "a"})
+    assert feature.had_values in (True, False) and len(feature.missing) == 1
+    encode_requests([feature], raw_requests([feature], [typed, None]))
+    assert len(feature.unknown(feature.to_raw(new[kind]))) == len(new[kind])
+    encoded[kind] = feature.encode_column(new[kind])
+sys.stdout.buffer.write(pickle.dumps(encoded))
+"""
+
+
+def test_a_process_without_tensorflow_fits_and_encodes() -> None:
+    known = {**FITTED, "text": [*FITTED["text"], "the film"]}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        input=pickle.dumps((known, NEW)),
+        check=True,
+        capture_output=True,
+    )
+    for kind, encoded in pickle.loads(done.stdout).items():
+        expected = KINDS[kind].fit(kind, known[kind]).encode_column(NEW[kind])
+        np.testing.assert_array_equal(encoded, expected)
