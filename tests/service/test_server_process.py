@@ -1,5 +1,6 @@
 """`tfrs-pipeline serve` as a user runs it: flags, sockets, signals."""
 
+import asyncio
 import builtins
 import json
 import re
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from tests.service.conftest import Exported
 from tests.service.running_server import GOOD, PREDICT, TEXT
@@ -153,6 +156,34 @@ def test_everything_at_once_and_no_good_request_fails() -> None:
     done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "'num_failed': 0" in done.stdout
+
+
+def test_requests_get_503_while_too_many_connections_are_open(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {x: signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)}
+    configs: list[uvicorn.Config] = []
+    monkeypatch.setattr(server.ModelVersions, "load_first", lambda self: None)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: configs.append(self.config))
+    try:
+        server.serve(folder, ServeSettings(port=0, max_connections=2), print)
+    finally:
+        for x, handler in before.items():
+            signal.signal(x, handler)
+    configs[0].lifespan = "off"  # It would load versions.
+    listener = socket.create_server(("127.0.0.1", 0))
+    running = uvicorn.Server(configs[0])
+    thread = threading.Thread(target=lambda: asyncio.run(running.serve([listener])))
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/healthz"
+        with httpx.Client() as first, httpx.Client() as second, httpx.Client() as third:
+            assert [client.get(url).status_code for client in (first, second)] == [200, 200]
+            assert third.get(url).status_code == 503  # And closes the third connection.
+            assert [client.get(url).status_code for client in (first, second)] == [200, 200]
+    finally:
+        running.should_exit = running.force_exit = True
+        thread.join()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -34,7 +34,7 @@ try:
     from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
     from starlette.routing import Route
 
-    from tfrs_pipeline.service.connections import Connection, CountRequests
+    from tfrs_pipeline.service.request_metrics import CountRequests
 except ImportError as missing:
     raise ImportError(
         "The server needs the extra 'serve': pip install -c constraints.txt -e '.[serve]', in the "
@@ -406,11 +406,12 @@ def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None])
             log_config=None,
             access_log=False,
             server_header=False,
-            http=Connection,
+            http="httptools",
             ws="none",
             proxy_headers=False,
             timeout_keep_alive=30,
-            limit_concurrency=settings.max_connections,
+            # uvicorn refuses requests from this many open connections on.
+            limit_concurrency=settings.max_connections + 1,
             timeout_graceful_shutdown=settings.shutdown_seconds,
         )
         running = uvicorn.Server(config)

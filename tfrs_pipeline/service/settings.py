@@ -77,7 +77,7 @@ class ServeSettings(Config):
     max_history: PositiveInt = 1_000
     """Longest history in a query; the model uses its most recent part."""
     max_connections: PositiveInt = 1_000
-    """Most open connections; further ones get a 503."""
+    """Most open connections; while there are more, every request gets a 503."""
     shutdown_seconds: PositiveInt = 20
     """Seconds that requests in flight have to finish after a signal to stop."""
 

@@ -18,7 +18,6 @@ from prometheus_client import Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
 
 from tfrs_pipeline.search.candidates import UnknownItem
-from tfrs_pipeline.service.connections import BUCKETS_SECONDS
 from tfrs_pipeline.service.database import Replaced
 from tfrs_pipeline.service.publish import (
     MANIFEST_FILE,
@@ -26,6 +25,7 @@ from tfrs_pipeline.service.publish import (
     no_model_at,
     versions_of,
 )
+from tfrs_pipeline.service.request_metrics import BUCKETS_SECONDS
 from tfrs_pipeline.service.rest import SignatureInputs, bad_request
 from tfrs_pipeline.service.retriever import load
 from tfrs_pipeline.service.settings import ServeSettings
