@@ -24,7 +24,7 @@ import numpy as np
 from record import parser_with_json, write_json
 
 from tfrs_pipeline.evaluation.results import format_cells
-from tfrs_pipeline.export.encoder import known_rows
+from tfrs_pipeline.exports.encoder import known_rows
 from tfrs_pipeline.search.candidates import Candidates, FilterValues
 from tfrs_pipeline.search.tune import Requests, Tuned, exact_ranking, tune_index
 from tfrs_pipeline.service.retriever import load

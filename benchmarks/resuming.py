@@ -46,7 +46,7 @@ import tensorflow as tf
 from tests.damage import DAMAGES, damage
 from tests.small_log import Stopped, Watched, event_table, item_table, small_config, write
 from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.export import export
+from tfrs_pipeline.exports import export
 from tfrs_pipeline.run.pipeline import run
 from tfrs_pipeline.service.retriever import load
 

@@ -66,22 +66,29 @@ def module_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trusted_exports() -> Iterator[None]:
-    """Skips the check of exports in a fresh process, which takes seconds and has its own tests."""
-    from tfrs_pipeline.export import export
+    """Leaves out what fresh processes do, which takes seconds and has its own tests.
+
+    These are the check of every export, and the SavedModel of a refresh.
+    """
+    from tfrs_pipeline.run import refresh
+    from tfrs_pipeline.service import version
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "prove", lambda *arguments: None)
+        patch.setattr(version, "prove", lambda *arguments: None)
+        patch.setattr(refresh, "_save_graphs", lambda *arguments: {})
         yield
 
 
 @pytest.fixture(scope="module")
 def few_signatures() -> Iterator[None]:
     """Exports only the signatures for users and histories, which takes half the time."""
-    from tfrs_pipeline.service import saved_model
+    from tfrs_pipeline.exports import saved_model
+    from tfrs_pipeline.service import signatures
 
     with pytest.MonkeyPatch.context() as patch:
         few = {"retrieve_user": "embed_user", "retrieve": "embed_query"}
-        patch.setattr(saved_model, "RETRIEVALS", few)
+        for module in (saved_model, signatures):
+            patch.setattr(module, "RETRIEVALS", few)
         yield
 
 

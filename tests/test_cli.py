@@ -621,7 +621,7 @@ def test_a_run_exports_nothing_until_it_is_asked_to(command: Any, tmp_path: Path
     loaded = retriever.load(tmp_path / "saved_models" / "films")
     user = loaded.manifest["example_user"]
     ids, _, _ = loaded.retrieve_user([user], k=loaded.num_candidates)
-    assert {*loaded.stored_history(user)} <= {*ids[0].tolist()}
+    assert {*loaded.users.history(user)} <= {*ids[0].tolist()}
     # It may take minutes.
     assert "\n    export: builds the index, writes it, and has a fresh process load" in exported.out
     assert (tmp_path / "saved_models" / "films" / "1" / "manifest.json").is_file()

@@ -77,7 +77,7 @@ def asked(videos: None) -> dict[str, Any]:
     by_user, by_query = (json.loads(line)["outputs"] for line in printed.splitlines())
     np.testing.assert_array_equal(np.float32(by_query["embeddings"][0]), namespace["query"])
     model = namespace["model"]
-    stored = {"user_id": 42, "history": model.stored_history(42)[::-1]}
+    stored = {"user_id": 42, "history": model.users.history(42)[::-1]}
     np.testing.assert_array_equal(np.float32(by_user["embeddings"]), model.embed_queries([stored]))
     assert set(by_user["known_items"][0]) == set(stored["history"])
     return namespace

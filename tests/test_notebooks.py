@@ -29,7 +29,7 @@ OF_ALL[SAMPLING] = ("funnel", "in all     1,000,000")
 OF_ALL[LOOP] = ("world", "200 users, 500 items, 2,000 requests until today")
 # The check of an export in a fresh process takes seconds and has its own tests.
 TRUST_EXPORTS = """
-from tfrs_pipeline.export import export
+from tfrs_pipeline.exports import export
 export.prove = lambda *arguments: None
 del export
 """

@@ -66,7 +66,7 @@ _NAMES = {
     "run.training": ("trained_in",),
     "samples.store": ("Samples",),
     "service.log_of_service": ("write_log",),
-    "export.export": ("export",),
+    "exports.export": ("export",),
     "search.settings": ("Auto", "Exact", "Scann"),
     "service.recommend": ("recommend",),
     "service.retriever": ("LoadedRetriever", "load"),

@@ -1,8 +1,11 @@
 """Large libraries, imported when they are first used, and what to install if one is missing."""
 
+import contextlib
 import importlib
 import importlib.util
+import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +25,20 @@ else:
 
     names = ("ibis", "ibis.expr.types", "pyarrow", "pyarrow.compute", "tensorflow")
     ibis, ir, pa, pc, tf = map(_Library, names)
+
+
+@contextlib.contextmanager
+def quiet_natives() -> Iterator[None]:
+    """Discards what libraries write to the standard error past Python, such as lines of C++."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
 
 _DATA = ("duckdb", "ibis", "sqlglot")
 # Extra -> the modules that the package imports from it, as setup.cfg has it.
@@ -70,5 +87,5 @@ def _remedy(extra: str, module: str, what: str) -> str:
         return f"{missing}: pip install --no-deps tensorflow-recommenders==0.7.7"
     return (
         f"{missing}. Install the extra '{extra}': pip install -c constraints.txt -e '.[{extra}]', "
-        "in the project's folder. Without it, see docs/start/install.md."
+        "in the project's folder; docs/start/install.md has the way without a clone."
     )

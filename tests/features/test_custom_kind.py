@@ -15,7 +15,7 @@ import tensorflow as tf
 from tests.model.conftest import tiny
 from tests.small_log import event_table, item_table, write
 from tfrs_pipeline import ConfigError, Exact, Log, RunConfig, load
-from tfrs_pipeline.export import export
+from tfrs_pipeline.exports import export
 from tfrs_pipeline.features.encoding import parse_request
 from tfrs_pipeline.features.feature import Feature, TableColumn
 from tfrs_pipeline.features.kinds import KINDS
@@ -55,7 +55,11 @@ class Cyclic(Feature):
     def from_text(text: str) -> float:
         return float(text)
 
-    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
+    def encoded(self, raw: np.ndarray) -> np.ndarray:
+        angle = raw * (2 * np.pi / self.period)
+        return np.stack([np.sin(angle), np.cos(angle)], axis=1, dtype=np.float32)
+
+    def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
         angle = raw * (2 * np.pi / self.period)
         return tf.cast(tf.stack([tf.sin(angle), tf.cos(angle)], axis=1), tf.float32)
 

@@ -19,7 +19,7 @@ from tests.features.columns import NUM_NEW, fitted_features, new_columns, new_te
 from tests.small_log import event_table, item_table, small_config, user_table, write
 from tfrs_pipeline import Exportable, Log, TwoTower, cli, dump_config, load
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.export.encoder import Encoder
+from tfrs_pipeline.exports.encoder import Encoder
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.features.numeric import Timestamp

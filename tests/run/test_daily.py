@@ -156,7 +156,7 @@ def test_items_that_the_table_lacks_are_read_in_histories_and_not_retrieved(warm
     # The users' stored histories hold them, too.
     rows = pq.read_table(result.folder / "data" / "events.parquet").to_pylist()
     clicked = (x for x in rows if x["item_id"] in withdrawn and x["stage"] == "clicked")
-    assert set(withdrawn) & set(retriever.stored_history(next(clicked)["user_id"]))
+    assert set(withdrawn) & set(retriever.users.history(next(clicked)["user_id"]))
     # Elsewhere in the run they are still candidates.
     assert set(withdrawn) <= set(holdout_of(result).candidate_ids)
 

@@ -92,8 +92,8 @@ def test_a_reported_item_never_comes_back(tmp_path: Path, command: Any) -> None:
     ids, _, _ = loaded.retrieve_user(users, NUM_ITEMS)
     for user, answer in zip(users, ids.tolist(), strict=True):
         assert {*answer}.isdisjoint(gone[user])
-        assert {*loaded.stored_history(user)}.isdisjoint(gone[user])
-        assert {*loaded.disliked_items([user])[0]} == gone[user]
+        assert {*loaded.users.history(user)}.isdisjoint(gone[user])
+        assert {*loaded.users.disliked([user])[0]} == gone[user]
     with Running(config.model_folder, takes_writes=True, record_share=1) as server:
         first = server.predict(**retrieve_user([7], [[]], NUM_ITEMS))["outputs"]["candidate_ids"]
         new, clicked, *_ = first[0]

@@ -27,7 +27,7 @@ from tfrs_pipeline.cli.commands import NOT_PUBLISHED
 from tfrs_pipeline.data import held_out_queries
 from tfrs_pipeline.data.schema import AskedBy
 from tfrs_pipeline.durable import file_hash, read_record, write_record
-from tfrs_pipeline.export import export
+from tfrs_pipeline.exports import export
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.model import two_tower
 from tfrs_pipeline.run import gate, pipeline

@@ -70,7 +70,7 @@ def test_a_run_chooses_a_bonus_keeps_it_in_the_refit_and_serves_it(tmp_path: Pat
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-4)
     # Users get their favourites again, also those whose history is stored.
     (user_ids,), _, _ = loaded.retrieve_user([7], 4)
-    assert set(user_ids.tolist()) & set(loaded.stored_history(7))
+    assert set(user_ids.tolist()) & set(loaded.users.history(7))
 
 
 def test_a_comparison_in_python_measures_what_fit_returns(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 from scann.scann_ops.py import scann_ops_pybind
 
-from tfrs_pipeline.export.graph_index import ExactIndex, ScannIndex
-from tfrs_pipeline.export.saved_model import ExportError, check_operation
+from tfrs_pipeline.exports.graph_index import ExactIndex, ScannIndex
+from tfrs_pipeline.exports.saved_model import ExportError, check_operation
 from tfrs_pipeline.search.candidates import Candidates
 from tfrs_pipeline.search.searcher import Searcher, build_in_subprocess
 from tfrs_pipeline.search.settings import Auto, Exact, Level, Scann

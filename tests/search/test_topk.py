@@ -6,7 +6,7 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrs_pipeline.export.graph_index import ExactIndex
+from tfrs_pipeline.exports.graph_index import ExactIndex
 from tfrs_pipeline.search import topk
 from tfrs_pipeline.search.topk import ExactRetriever, top_k_in_blocks
 

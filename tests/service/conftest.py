@@ -1,7 +1,6 @@
 """A small untrained model behind the serving modules, whose answers can be computed by hand."""
 
 import functools
-import hashlib
 import os
 import shutil
 import tempfile
@@ -13,16 +12,15 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pytest
-import tensorflow as tf
 
 from tests.service.running_server import Running
 from tfrs_pipeline import Exportable, LoadedRetriever, TwoTower, TwoTowerNetwork, load
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.durable import locked
-from tfrs_pipeline.export import export, saved_model
-from tfrs_pipeline.export.encoder import Encoder
-from tfrs_pipeline.export.graph_index import ExactIndex, ScannIndex
-from tfrs_pipeline.export.saved_model import RetrievalModule
+from tfrs_pipeline.exports import export, saved_model
+from tfrs_pipeline.exports.encoder import Encoder
+from tfrs_pipeline.exports.graph_index import ExactIndex, ScannIndex
+from tfrs_pipeline.exports.saved_model import RetrievalModule
 from tfrs_pipeline.features.categorical import Categorical, MultiCategorical
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.corpus import Corpus
@@ -31,8 +29,9 @@ from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.search.searcher import Searcher
 from tfrs_pipeline.search.settings import Exact, Level, Scann
 from tfrs_pipeline.search.topk import ExactRetriever
-from tfrs_pipeline.service.publish import RETRIEVALS, versions_of
-from tfrs_pipeline.service.versions import ServedVersion
+from tfrs_pipeline.service import signatures, version
+from tfrs_pipeline.service.publish import versions_of
+from tfrs_pipeline.service.signatures import RETRIEVALS
 
 NUM_QUERIES, NUM_CANDIDATES = 6, 60
 EVIL = "<script>alert(1)</script> & \"quoted\" 'é'"
@@ -57,12 +56,14 @@ class Served:
     titles: list[str]
     request_features: tuple[Feature, ...] = ()
     history_times: np.ndarray | None = None
+    corpus: Corpus | None = None
 
     @property
     def ids(self) -> str:
         return "int" if self.candidate_ids.dtype == np.int64 else "str"
 
     def exportable(self) -> Exportable:
+        assert self.corpus is not None
         genres = pa.array(self.genres, pa.list_(pa.string()))
         ids = self.candidate_ids.tolist()
         return Exportable(
@@ -76,14 +77,15 @@ class Served:
             known_positives=RowLists.from_lists([np.unique(rows) for rows in self.clicks]),
             history_times=self.history_times,
             query_features=self.query_features,
+            query_columns=self.corpus.query_columns,
             request_features=self.request_features,
             candidate_features=self.candidate_features,
         )
 
     @functools.cached_property
     def in_memory(self) -> ExactRetriever:
-        ids = Ids(self.candidate_ids), Ids(self.query_ids)
-        encoder = query_encoder(self.model, Corpus(*ids, request_features=self.request_features))
+        assert self.corpus is not None
+        encoder = query_encoder(self.model, self.corpus)
         return ExactRetriever(self.candidate_ids, self.model.embed_corpus(), encoder)
 
     def known(self, row: int) -> list[Any]:
@@ -167,6 +169,7 @@ def make_served(
         titles=[EVIL if i == 5 else f"The {i}th Film" for i in range(NUM_CANDIDATES)],
         request_features=request_features,
         history_times=_times(histories) if reads_times else None,
+        corpus=corpus,
     )
 
 
@@ -197,8 +200,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         model.parent.mkdir(parents=True, exist_ok=True)
         queries = served.queries()
         with locked(model.with_name("lock"), wait=True), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(export, "prove", lambda *arguments: None)
-            patch.setattr(saved_model, "RETRIEVALS", RETRIEVALS)
+            patch.setattr(version, "prove", lambda *arguments: None)
+            for module in (saved_model, signatures):
+                patch.setattr(module, "RETRIEVALS", RETRIEVALS)
             if not versions_of(model):
                 export.export(
                     served.exportable(),
@@ -210,27 +214,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         return model
 
     return once
-
-
-GRAPHS: dict[bytes, Any] = {}
-
-
-@pytest.fixture(scope="module")
-def loaded_once() -> Iterator[None]:
-    """Loads equal graphs once, wherever they are copied: loading takes a second."""
-    real = tf.saved_model.load
-
-    def load(folder: str) -> Any:
-        files = [Path(folder) / "saved_model.pb", *sorted((Path(folder) / "variables").iterdir())]
-        content = hashlib.sha256(b"".join(path.read_bytes() for path in files)).digest()
-        if content not in GRAPHS:
-            GRAPHS[content] = real(folder)
-        return GRAPHS[content]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tf.saved_model, "load", load)
-        patch.setattr(ServedVersion, "release", lambda self: None)  # Other versions use its tables.
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from tests.service.conftest import NUM_CANDIDATES, NUM_QUERIES, Served, make_ser
 from tests.service.running_server import Running, retrieve_user, send
 from tfrs_pipeline import load
 
-pytestmark = pytest.mark.usefixtures("loaded_once")
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "watching.md"
 STRANGE = 999_999
 

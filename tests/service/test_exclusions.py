@@ -15,15 +15,15 @@ from tests.service.conftest import make_served
 from tests.service.running_server import Running, retrieve_user
 from tests.service.test_user_events import by_history, by_user, event
 from tfrs_pipeline import Exact, LoadedRetriever, export, load, recommend
-from tfrs_pipeline.export.encoder import Encoder
-from tfrs_pipeline.export.graph_index import ExactIndex
-from tfrs_pipeline.export.saved_model import RetrievalModule
+from tfrs_pipeline.exports.encoder import Encoder
+from tfrs_pipeline.exports.graph_index import ExactIndex
+from tfrs_pipeline.exports.saved_model import RetrievalModule
 from tfrs_pipeline.model.tf_tables import as_ids
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.search.exclusions import rule_of_version
 from tfrs_pipeline.search.repeats import RepeatBonus
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 ROW = 3  # Of the user that these tests ask for.
 DISLIKED = [*range(20, 26), 60]  # Rows of what it disliked in the log.
 BONUS = RepeatBonus(0.5, 0.5, 0.0)
@@ -40,7 +40,7 @@ def test_what_was_disliked_never_comes_back(tmp_path: Path, bonus: Any) -> None:
     export(disliking, tmp_path / "films", index=Exact())
     retriever, user = load(tmp_path / "films"), served.query_ids[ROW - 1]
     other, known = served.query_ids[ROW], served.known(ROW)
-    assert [{*ids} for ids in retriever.disliked_items([other, user])] == [set(), gone]
+    assert [{*ids} for ids in retriever.users.disliked([other, user])] == [set(), gone]
     # A model with a bonus retrieves the known items, but never these.
     left_out = gone if bonus else gone | {*known}
     assert by_user(retriever, user).keys() == {*served.candidate_ids} - left_out
@@ -51,8 +51,8 @@ def test_what_was_disliked_never_comes_back(tmp_path: Path, bonus: Any) -> None:
     retriever.record([event(user, first, "dislike"), event(user, later, "dislike")])
     retriever.record([event(user, sorted(gone)[0]), event(user, later)])  # Clicks change nothing.
     gone |= {first, later}
-    assert {*retriever.disliked_items([user])[0]} == gone
-    assert retriever.stored_history(user) == history[::-1]
+    assert {*retriever.users.disliked([user])[0]} == gone
+    assert retriever.users.history(user) == history[::-1]
     expected = by_history(retriever, user, history, gone if bonus else gone | {*known})
     assert by_user(retriever, user) == pytest.approx(expected, abs=1e-5)
 
@@ -146,7 +146,7 @@ def test_an_export_without_dislikes_is_as_it_was(int_folder: Path) -> None:
     retriever = load(int_folder)
     encoder = retriever.saved_model.encoder
     assert getattr(encoder, "_disliked", None) is None
-    assert retriever.disliked_items([100, 5]) == [[], []]
+    assert retriever.users.disliked([100, 5]) == [[], []]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.service.conftest import Exported
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.run.gate import IN_SERVICE, version_in_service, worse_than_version
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 
 
 @pytest.mark.parametrize(

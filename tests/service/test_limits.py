@@ -16,7 +16,6 @@ from tests.service.running_server import GOOD, JSON, PREDICT, TEXT, Running, ret
 from tfrs_pipeline.service.server import _http_error
 from tfrs_pipeline.service.versions import ServedVersion
 
-pytestmark = pytest.mark.usefixtures("loaded_once")
 VERSIONS = "/v1/models/films/versions"
 
 

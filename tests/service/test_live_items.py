@@ -21,7 +21,7 @@ from tests.service.test_user_events import event
 from tests.small_log import Watched
 from tfrs_pipeline import Exact, LoadedRetriever, Reading, load, refresh_index
 from tfrs_pipeline.durable import Damaged, StorageError
-from tfrs_pipeline.export import export as export_module
+from tfrs_pipeline.exports import export as export_module
 from tfrs_pipeline.features.numeric import Numeric, Timestamp
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.search import candidates as candidates_module
@@ -30,7 +30,7 @@ from tfrs_pipeline.service.live_items import STORE_FILE, Store, _check_kind, _pl
 from tfrs_pipeline.service.user_events import JOURNAL_FILE
 
 ITEMS = "/v1/models/films/items"
-pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 
 
 @pytest.fixture

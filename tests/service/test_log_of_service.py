@@ -21,8 +21,6 @@ from tfrs_pipeline.service import log_of_service, user_events
 from tfrs_pipeline.service.settings import Lately, ServeSettings
 from tfrs_pipeline.service.user_events import JOURNAL_FILE, Answer, Event, Journal, Recorder
 
-pytestmark = pytest.mark.usefixtures("loaded_once")
-
 
 def answer(id_: str, users: list[Any], items: list[list[Any]], time: int = 5) -> Answer:
     arrays = (np.array(x, object if isinstance(users[0], bytes) else int) for x in (users, items))
@@ -419,7 +417,7 @@ def test_past_events_that_change_no_history_are_counted(
     ]
     assert "past.parquet: 5 events, 5 new" in done.out
     # What it says is how the model answers.
-    assert load(films).stored_history(999) == [24, 999_999, 17]
+    assert load(films).users.history(999) == [24, 999_999, 17]
     known = pq.read_table(file).filter(pa.array([False, False, True, False, True]))
     pq.write_table(known, file)
     assert command("log", films, "--add", file).out.endswith("past.parquet: 2 events, 0 new\n")

@@ -13,7 +13,7 @@ from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.service.retriever import load
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 
 
 class OwnModel(tf.Module):

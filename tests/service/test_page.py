@@ -12,8 +12,6 @@ from tests.service.conftest import NUM_CANDIDATES, Exported, Served
 from tests.service.running_server import JSON, Running
 from tfrs_pipeline.service.retriever import LoadedRetriever
 
-pytestmark = pytest.mark.usefixtures("loaded_once")
-
 
 def test_the_page_is_one_file_that_asks_no_other_server(running: Running) -> None:
     response = running.get("/")

@@ -17,8 +17,6 @@ from tfrs_pipeline.service.recommend import recommend
 from tfrs_pipeline.service.retriever import LoadedRetriever, load
 from tfrs_pipeline.service.user_events import Event, Journal
 
-pytestmark = pytest.mark.usefixtures("loaded_once")
-
 
 def rows(path: Path) -> dict[Any, list[tuple[Any, float]]]:
     """Returns each user's items and scores, best first, in the order of the file."""

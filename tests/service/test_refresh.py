@@ -18,15 +18,15 @@ from tests.service.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tests.small_log import Watched
 from tfrs_pipeline import Auto, DataError, Exact, LoadedRetriever, Scann, load
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.export import export as export_module
-from tfrs_pipeline.export.export import ExportOptions, export
+from tfrs_pipeline.exports import export as export_module
+from tfrs_pipeline.exports.export import ExportOptions, export
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.run import refresh
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.service import retriever
 from tfrs_pipeline.service.publish import MANIFEST_FILE, versions_of
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 
 
 NUM_GONE = 7

@@ -12,9 +12,9 @@ import tensorflow as tf
 
 from tests.search.test_settings import clustered
 from tests.service.conftest import NUM_CANDIDATES, Served
-from tfrs_pipeline.export.encoder import query_arrays
-from tfrs_pipeline.export.export import export
-from tfrs_pipeline.export.graph_index import load_scann_ops
+from tfrs_pipeline.exports.encoder import query_arrays
+from tfrs_pipeline.exports.export import export
+from tfrs_pipeline.exports.graph_index import load_scann_ops
 from tfrs_pipeline.model.tf_tables import as_ids, as_tensors, completed, id_rows, signature_inputs
 from tfrs_pipeline.search.candidates import Candidates
 from tfrs_pipeline.search.repeats import RepeatBonus
@@ -23,7 +23,7 @@ from tfrs_pipeline.search.settings import Exact, Level, Scann
 from tfrs_pipeline.service.publish import SCANN_FOLDER
 from tfrs_pipeline.service.retriever import LoadedRetriever, load
 
-pytestmark = pytest.mark.usefixtures("few_signatures", "loaded_once")
+pytestmark = pytest.mark.usefixtures("few_signatures")
 # A bonus in a ScaNN index, and a penalty in an exact one.
 BONUSES = {"int": RepeatBonus(3.0, power=0.5, forgetting=0.5), "str": RepeatBonus(-4.0, 0.0, 0.0)}
 

@@ -14,8 +14,8 @@ from starlette.exceptions import HTTPException
 
 from tests.service.conftest import NUM_QUERIES, Served, make_served
 from tfrs_pipeline import Exact, LoadedRetriever, export, load
-from tfrs_pipeline.export import export as export_module
-from tfrs_pipeline.export.encoder import Encoder, embed_queries
+from tfrs_pipeline.exports import export as export_module
+from tfrs_pipeline.exports.encoder import Encoder, embed_queries
 from tfrs_pipeline.features.categorical import Categorical, MultiCategorical
 from tfrs_pipeline.features.numeric import Numeric, Timestamp, Vector
 from tfrs_pipeline.run.refresh import refresh_index
@@ -23,7 +23,7 @@ from tfrs_pipeline.service import page, rest
 from tfrs_pipeline.service.settings import ServeSettings
 from tfrs_pipeline.service.versions import ServedVersion
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once")
+pytestmark = pytest.mark.usefixtures("trusted_exports")
 PROVE = export_module.prove
 FEATURES = (
     # Its input would have the same name as that of the user feature "gender".

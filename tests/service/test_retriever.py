@@ -19,7 +19,6 @@ from tfrs_pipeline.search import settings as index
 from tfrs_pipeline.service.publish import INDEX_FOLDER, ITEMS_FILE, MANIFEST_FILE
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 @pytest.mark.parametrize("is_fallback", [False, True])

@@ -18,9 +18,9 @@ from google.protobuf import json_format
 from tests.service.conftest import NUM_QUERIES, Served
 from tests.service.running_server import GOOD, JSON, PREDICT, Running, in_json, retrieve_user
 from tfrs_pipeline.model.tf_tables import signature_inputs
-from tfrs_pipeline.service.publish import DEFAULT_K, DEFAULT_SIGNATURE
 from tfrs_pipeline.service.retriever import LoadedRetriever
 from tfrs_pipeline.service.settings import ServeSettings
+from tfrs_pipeline.service.signatures import DEFAULT_K, DEFAULT_SIGNATURE
 from tfrs_pipeline.service.versions import ServedVersion
 
 

@@ -18,7 +18,7 @@ from tfrs_pipeline import LoadedRetriever, Log, TrainingSettings, TwoTower, expo
 from tfrs_pipeline.model.tf_tables import id_rows
 from tfrs_pipeline.run.refresh import refresh_index
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once")
+pytestmark = pytest.mark.usefixtures("trusted_exports")
 K = 6
 SOME = [3, 40, 17]  # Places of the items that are asked about.
 UNKNOWN: dict[str, Any] = {"int": 4, "str": "film 4"}

@@ -15,7 +15,7 @@ from tfrs_pipeline.service.rest import parse_predict
 from tfrs_pipeline.service.settings import ServeSettings
 from tfrs_pipeline.service.versions import ServedVersion
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once")
+pytestmark = pytest.mark.usefixtures("trusted_exports")
 
 
 def bytes_of(folder: Path) -> bytes:

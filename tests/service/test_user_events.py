@@ -19,7 +19,7 @@ from tests.damage import copy_database
 from tests.service.conftest import NUM_CANDIDATES, Served, make_served
 from tests.service.running_server import Running, retrieve_user, send, until
 from tfrs_pipeline.durable import Damaged, StorageError, read_record, write_record
-from tfrs_pipeline.export import export as export_module
+from tfrs_pipeline.exports import export as export_module
 from tfrs_pipeline.search.settings import Exact
 from tfrs_pipeline.service.live_items import _plain
 from tfrs_pipeline.service.log_of_service import record_file, write_log
@@ -37,7 +37,7 @@ from tfrs_pipeline.service.user_events import (
     id_hash,
 )
 
-pytestmark = pytest.mark.usefixtures("trusted_exports", "loaded_once", "few_signatures")
+pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 K = NUM_CANDIDATES
 
 
@@ -86,7 +86,7 @@ def test_a_click_changes_the_next_answer(served: Served, model: Path) -> None:
         by_history(retriever, user, [*known, second, first], excluded), abs=1e-5
     )
     assert seen in after
-    assert retriever.stored_history(user) == [second, first, *known[::-1]]
+    assert retriever.users.history(user) == [second, first, *known[::-1]]
     # In a batch, beside users without events; and over the signatures that a server answers.
     users = [served.query_ids[4], user, served.query_ids[1]]
     ids, scores, is_known = retriever.retrieve_user(users, K)
@@ -164,7 +164,7 @@ def test_a_log_that_holds_the_events_does_not_count_them_twice(tmp_path: Path) -
     assert by_user(retriever, user) == pytest.approx(before, abs=1e-5)
     later = end + timedelta(milliseconds=1)
     retriever.record([event(user, 3 + 7 * 50, time=later)])
-    assert retriever.stored_history(user) == [353, *known[::-1]]
+    assert retriever.users.history(user) == [353, *known[::-1]]
 
 
 def test_a_clock_ahead_in_the_log_silences_nobody(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_clock_ahead_in_the_log_silences_nobody(tmp_path: Path) -> None:
     folder = export_module.export(exportable, tmp_path / "films", index=Exact())
     retriever = load(folder, exact=True)
     retriever.record([event(999, 10)])
-    assert retriever.stored_history(999) == [10]
+    assert retriever.users.history(999) == [10]
 
 
 def test_times_are_read_with_the_events(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_times_are_read_with_the_events(tmp_path: Path) -> None:
     assert served.history_times is not None
     model = export_module.export(served.exportable(), tmp_path / "films", index=Exact()).parent
     retriever, user, now = load(model), served.query_ids[2], 1.9e9 - 1e8
-    retriever.activity.until = 0  # type: ignore[union-attr]
+    retriever.users.until = 0  # type: ignore[union-attr]
     items = served.candidate_ids[[20, 21]].tolist()
     clicks = [event(user, item, time=now + n) for n, item in enumerate(items)]
     clicks = [{**click, "time": click["time"] - 1e7} for click in clicks]
@@ -214,7 +214,7 @@ def test_events_of_a_model_with_other_ids_change_nothing(served: Served, model: 
     )
     retriever = load(model, exact=True)
     assert by_user(retriever, user) == pytest.approx(before)
-    assert retriever.disliked_items([user]) == [[]]
+    assert retriever.users.disliked([user]) == [[]]
     with Running(model, record_share=1.0, exclude_served_answers=1) as running:
         outputs = running.predict(**retrieve_user([user], [[]], K))["outputs"]
     assert set(before) == {*outputs["candidate_ids"][0]} - {-1, ""}
@@ -224,8 +224,8 @@ def test_a_user_whom_no_event_can_have(films: Path) -> None:
     retriever = load(films, exact=True)
     retriever.record([event(102, 3)])
     beyond = [2**63, -(2**63) - 1]
-    assert [retriever.stored_history(user) for user in beyond] == [[], []]
-    assert retriever.disliked_items(beyond) == [[], []]
+    assert [retriever.users.history(user) for user in beyond] == [[], []]
+    assert retriever.users.disliked(beyond) == [[], []]
     assert retriever.forget(2**63) == 0
     # An id of the other type would delete nothing, and say so in a number alone.
     with pytest.raises(ValueError, match=r"ids are integers\. Received: '102'"):
@@ -294,16 +294,16 @@ def test_the_file_may_be_deleted_restored_or_damaged(films: Path, tmp_path: Path
     retriever.record([event(999, 10)])
     copy_database(path, tmp_path / "backup")
     retriever.record([event(999, 17)])
-    assert retriever.stored_history(999) == [17, 10]
+    assert retriever.users.history(999) == [17, 10]
     copy_database(tmp_path / "backup", path)
-    assert retriever.stored_history(999) == [10]
+    assert retriever.users.history(999) == [10]
     path.unlink()
-    assert retriever.stored_history(999) == []
+    assert retriever.users.history(999) == []
     assert retriever.record([event(999, 24)]) == 1
-    assert retriever.stored_history(999) == [24]
+    assert retriever.users.history(999) == [24]
     path.write_bytes(b"no database" * 100)
     with pytest.raises(Damaged, match=rf"{JOURNAL_FILE} is damaged.* its events are then lost"):
-        load(films).stored_history(999)
+        load(films).users.history(999)
 
 
 def test_a_file_of_another_version_is_named(films: Path, tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_clocks_that_run_backwards_and_ahead(films: Path, monkeypatch: pytest.Mo
     times = [(now + 60, 3), (now + 30, 10), (now + 3600, 17), (now - 3 * 10**8, 24)]
     for time_, item in times:
         assert retriever.record([event(999, item, time=time_)]) == 1
-    assert retriever.stored_history(999) == [17, 3, 10]
+    assert retriever.users.history(999) == [17, 3, 10]
     answer = retriever.retrieve_user([999], K)[0][0].tolist()
     assert not set(answer) & {item for _, item in times}
     with pytest.raises(ValueError, match="more than a day from now"):
@@ -420,7 +420,7 @@ def test_clocks_that_run_backwards_and_ahead(films: Path, monkeypatch: pytest.Mo
     assert retriever.record([event(998, 3)]) == 1
     monkeypatch.undo()
     assert retriever.record([event(998, 10)]) == 1
-    assert retriever.stored_history(998) == [3, 10]
+    assert retriever.users.history(998) == [3, 10]
     assert set(retriever.retrieve_user([998], K)[0][0].tolist()) & {3, 10} == set()
 
 

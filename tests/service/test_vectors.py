@@ -16,8 +16,6 @@ from tfrs_pipeline.search.candidates import Candidates
 from tfrs_pipeline.service import vectors
 from tfrs_pipeline.service.retriever import load
 
-pytestmark = pytest.mark.usefixtures("loaded_once")
-
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

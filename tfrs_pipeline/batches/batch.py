@@ -49,13 +49,13 @@ class Batch(NamedTuple):
         weight: [P] float32.
         positive_query: [P] int32 in [0, W), ascending: the query of each positive; None if W = P.
         history_rows: [W, any] int32, most recent first, padded with 0.
-        history_times: [W, one more] float64, if the samples have times: those of the query and then
-            of the items, in seconds since 1970; NaN is padding.
+        history_times: [W, one more] int32, if the samples have times: those of the query and then
+            of the items, as `relative_seconds` counts them; `NO_TIME` is padding.
         sequence_rows: In place of histories, [S, L'] int32, the windows of `WholeSequences`, oldest
             first, padded with 0; L' is the length of the longest.
-        sequence_times: [S, L' + 1] float64, if the log has timestamps: those of the windows' items
-            and of the event after the last one, in seconds since 1970; NaN is padding. So entry j
-            is the time of the query of state j.
+        sequence_times: [S, L' + 1] int32, if the log has timestamps: those of the windows' items
+            and of the event after the last one, as `relative_seconds` counts them; `NO_TIME` is
+            padding. So entry j is the time of the query of state j.
         state: [P] int32, s * (L' + 1) + j if the history is the first j items of window s.
         requests: Each request feature by name, [W] or [W, any], encoded.
         shared_row: [C] int32, candidates of the shared columns, kind by kind.

@@ -4,6 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.batch import Batch, EpochExamples, Use, seed_of
+from tfrs_pipeline.features.raw import relative_seconds
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.samplers import AliasSampler
 from tfrs_pipeline.samples import store
@@ -56,7 +57,7 @@ class SinglePositives:
         row = tf.TensorSpec([batch_size], tf.int32)
         history = tf.TensorSpec([batch_size, history_length], tf.int32)
         has_times = samples.sequence_times is not None
-        times = tf.TensorSpec([batch_size, history_length + 1], tf.float64) if has_times else None
+        times = tf.TensorSpec([batch_size, history_length + 1], tf.int32) if has_times else None
         self.signature = Batch(row, row, row, history_rows=history, history_times=times)
         self._samples = samples
         self._history_length = history_length
@@ -85,7 +86,7 @@ class SinglePositives:
         index = chosen if self._sampler is None else self._by_candidate[chosen]
         times = None
         if self._samples.sequence_times is not None:
-            times = self._samples.latest_times(index, self._history_length)
+            times = relative_seconds(self._samples.latest_times(index, self._history_length))
         return Batch(
             query_row=self._samples.query_rows[index],
             index=index,
@@ -252,7 +253,7 @@ class WholeSequences(EpochExamples):
         )
         row, rows = tf.TensorSpec([None], tf.int32), tf.TensorSpec([None, None], tf.int32)
         has_times = samples.sequence_times is not None
-        times = tf.TensorSpec([None, None], tf.float64) if has_times else None
+        times = tf.TensorSpec([None, None], tf.int32) if has_times else None
         self.signature = Batch(row, row, row, sequence_rows=rows, sequence_times=times, state=row)
         steps = max(1, round(len(samples) / batch_size))
         super().__init__(batch_size=batch_size, steps_per_epoch=steps, seed=seed, drawn=row)
@@ -295,6 +296,7 @@ class WholeSequences(EpochExamples):
         if (times := samples.sequence_times) is not None:
             # A window ends with its last history; the next event is the query with that history.
             times = padded_lines(times, first, lengths + 1, width + 1, missing=np.nan)
+            times = relative_seconds(times)
         return Batch(
             query_row=samples.query_rows[index],
             index=index,

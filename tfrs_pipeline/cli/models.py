@@ -162,8 +162,8 @@ class WriteLog(OfModel):
             say(console, f"recorded  {self.add}: {events}, {recorded.num_new:,} new")
             if num := recorded.num_unknown_items:
                 say(console, f"{counted(num, 'event')} of items that the model does not have now")
-            if (num := recorded.num_before_end) and model.activity is not None:
-                end = datetime.fromtimestamp(model.activity.until / 1000, UTC)
+            if (num := recorded.num_before_end) and model.users.journal is not None:
+                end = datetime.fromtimestamp(model.users.until / 1000, UTC)
                 text = f"{counted(num, 'event')} from before the end of the model's log, "
                 say(console, f"{text}{end:%Y-%m-%d %H:%M} UTC: they join no history")
         written_before = None
@@ -299,10 +299,10 @@ class Query(OfModel):
         if self.similar_to is None:
             notes += _request_notes(features, self.request, request)
         if self.user is not None:
-            about["user_id"] = retriever.encoder.parse_id(self.user, "user")
+            about["user_id"] = retriever.stored.parse_id(self.user, "user")
         if self.request:
             about["request"] = dict(self.request)
-        exclude = list(map(retriever.encoder.parse_id, self.exclude))
+        exclude = list(map(retriever.stored.parse_id, self.exclude))
         if exclude:
             known = set(retriever.candidate_ids())
             about["unknown_excluded"] = [id_ for id_ in exclude if id_ not in known]
@@ -313,7 +313,7 @@ class Query(OfModel):
         k = min(self.k, retriever.num_candidates)
         allowed = None if self.filter is None else [list(self.filter)]
         if self.similar_to is not None:
-            about["similar_to"] = item = retriever.encoder.parse_id(self.similar_to)
+            about["similar_to"] = item = retriever.stored.parse_id(self.similar_to)
             ids, scores = retriever.similar([item], k, [exclude], allowed=allowed)
         elif self.history is None:
             ids, scores, (is_known,) = retriever.retrieve_user(
@@ -324,7 +324,7 @@ class Query(OfModel):
                 unknown_user = f"User {self.user} is unknown to this model"
                 notes.append(f"{unknown_user}: answered for an empty history.")
         else:
-            history = list(map(retriever.encoder.parse_id, self.history))
+            history = list(map(retriever.stored.parse_id, self.history))
             query = {"user_id": about.get("user_id"), "history": history, "request": request}
             left_out = retriever.left_out([query])[0] + exclude
             ids, scores = retriever.retrieve([query], k, [left_out], allowed=allowed)

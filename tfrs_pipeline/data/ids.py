@@ -1,9 +1,10 @@
 """The only map between ids and rows."""
 
 import itertools
+import re
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -100,6 +101,16 @@ class Ids:
                 f"{len(self) - num_distinct} ids occur more than once, first {first!r}. Each must "
                 "be listed once."
             )
+
+
+def parse_id(text: str, *, are_text: bool, of: Literal["user", "item"] = "item") -> Any:
+    """Parses a typed id into the type of a model's ids, or raises a `ValueError`."""
+    if are_text:
+        return text
+    # `int` also takes 4_2, +42 and the digits of other scripts: each would be another's id.
+    if not re.fullmatch("-?[0-9]+", text):
+        raise ValueError(f"This model's {of} ids are integers. Received: {text!r}")
+    return int(text)
 
 
 def as_id_array(ids: Collection[Any] | np.ndarray) -> np.ndarray:

@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
-from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.features.numeric import DAY_SECONDS, Timestamp
+from tfrs_pipeline.features.feature import Feature, Spec
+from tfrs_pipeline.features.numeric import DAY_SECONDS, Timestamp, floor_mod
 from tfrs_pipeline.features.raw import Column, to_seconds
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, check_requests
 
 TIMESTAMP = "timestamp"
-"""The time of a request, from which hour and weekday come; seconds since 1970 in the graph."""
+"""The time of a request, from which hour and weekday come; raw, seconds since 1970."""
 
 # Inputs that a signature may have besides features.
 _OTHER_INPUTS = "user_id", "item_id", "history", HISTORY_TIMESTAMPS, TIMESTAMP
@@ -22,13 +21,13 @@ _OTHER_INPUTS = "user_id", "item_id", "history", HISTORY_TIMESTAMPS, TIMESTAMP
 _SEARCH_INPUTS = "exclude", "allowed", "k"
 
 
-def raw_signature(features: Sequence[Feature]) -> dict[str, tf.TensorSpec]:
+def raw_signature(features: Sequence[Feature]) -> dict[str, Spec]:
     """Returns the inputs of `encode_raw` by feature, each with a name that a signature allows.
 
     Example:
         >>> from tfrs_pipeline.features.numeric import Numeric
         >>> raw_signature([Numeric("unit price")])
-        {'unit price': TensorSpec(shape=(None,), dtype=tf.float64, name='unit_price')}
+        {'unit price': Spec(shape=(None,), dtype='float64', name='unit_price')}
     """
     taken = {*_OTHER_INPUTS, *_SEARCH_INPUTS}
     signature = {}
@@ -43,8 +42,7 @@ def raw_signature(features: Sequence[Feature]) -> dict[str, tf.TensorSpec]:
         taken.add(name.lower())
         if feature.name in signature:
             raise ValueError(f"Features must have different names. Received twice: {feature.name}.")
-        spec = feature.raw_spec
-        signature[feature.name] = tf.TensorSpec(spec.shape, spec.dtype, name)
+        signature[feature.name] = feature.raw_spec._replace(name=name)
     return signature
 
 
@@ -62,14 +60,14 @@ def raw_columns(
     return {feature.name: feature.to_raw(columns[feature.name]) for feature in features}
 
 
-def encode_raw(features: Sequence[Feature], raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+def encode_raw(features: Sequence[Feature], raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Encodes the arrays of `raw_signature`."""
     return {feature.name: feature.encode(raw[feature.name]) for feature in features}
 
 
 def request_signature(
     features: Sequence[Feature], others: Sequence[Feature] = (), *, reads_times: bool = False
-) -> dict[str, tf.TensorSpec]:
+) -> dict[str, Spec]:
     """Returns the inputs of `encode_requests` by name: the features, and the timestamp if read.
 
     A model that `reads_times` always reads it. `others` are features in the same signature, so
@@ -78,7 +76,7 @@ def request_signature(
     signature = raw_signature([*others, *features])
     specs = {feature.name: signature[feature.name] for feature in features}
     if reads_times or any(feature.is_from_timestamp for feature in features):
-        specs[TIMESTAMP] = tf.TensorSpec([None], tf.float64, TIMESTAMP)
+        specs[TIMESTAMP] = Spec((None,), "float64", TIMESTAMP)
     return specs
 
 
@@ -119,8 +117,8 @@ def parse_request(features: Sequence[Feature], texts: Mapping[str, str]) -> dict
 
 
 def encode_requests(
-    features: Sequence[Feature], raw: Mapping[str, tf.Tensor]
-) -> dict[str, tf.Tensor]:
+    features: Sequence[Feature], raw: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """Encodes request features; a missing hour or weekday is taken from the timestamp."""
     filled = dict(raw)
     for feature in features:
@@ -129,18 +127,16 @@ def encode_requests(
     return encode_raw(features, filled)
 
 
-def _filled(feature: Feature, values: tf.Tensor, timestamp: tf.Tensor) -> tf.Tensor:
+def _filled(feature: Feature, values: np.ndarray, timestamp: np.ndarray) -> np.ndarray:
     """Fills missing values with the hour or weekday of the timestamp."""
-    values = tf.convert_to_tensor(values, feature.raw_spec.dtype)
-    timestamp = tf.convert_to_tensor(timestamp, tf.float64)
-    is_known = tf.math.is_finite(timestamp)
-    seconds = tf.where(is_known, timestamp, tf.zeros_like(timestamp))
-    day = tf.floor(seconds / DAY_SECONDS)
+    is_known = np.isfinite(timestamp)
+    seconds = np.where(is_known, timestamp, 0.0)
+    day = np.floor(seconds / DAY_SECONDS)
     # As `at_request` in `data/request_features.py`: 1970 began on a Thursday, and Monday is 0.
-    number = tf.math.floormod(day + 3, 7)
+    number = floor_mod(day + 3, 7)
     if feature.name == "hour":
-        number = tf.floor((seconds - day * DAY_SECONDS) / 3600)
-    if values.dtype == tf.string:
-        text = tf.strings.as_string(tf.cast(number, tf.int32))
-        return tf.where((values == "") & is_known, text, values)
-    return tf.where(~tf.math.is_finite(values) & is_known, number, values)
+        number = np.floor((seconds - day * DAY_SECONDS) / 3600)
+    if feature.raw_dtype == "string":
+        texts = number.astype(int).astype(str).astype(object)
+        return np.where((values == "") & is_known, texts, values)
+    return np.where(~np.isfinite(values) & is_known, number, values)

@@ -8,12 +8,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
 from tfrs_pipeline.features.raw import Column, in_blocks, to_texts
 from tfrs_pipeline.libraries import ir, tf
+
+
+class Spec(NamedTuple):
+    """Shape and dtype of an array of raw values, and its name in a signature."""
+
+    shape: tuple[int | None, ...]  # None is any size.
+    dtype: str  # string, int64, int32, float64, float32 or bool; NumPy holds strings as objects.
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,15 +45,15 @@ class Feature(ABC):
     """A column and its encoding. Each kind is a frozen dataclass with its own fields, in `KINDS`.
 
     A value takes three forms. `read` gives the column its type in a log; `to_raw` turns that into
-    the array that a graph takes, with "" or NaN where the value is missing; `encoded` turns the
-    array into what the layer embeds. Training and exported models run the same encoding.
+    an array, with "" or NaN where the value is missing; `encoded` turns the array into what the
+    layer embeds. Only a SavedModel encodes tensors: `encoded_in_graph` returns the same values.
     """
 
     name: str  # Of the column.
     is_from_timestamp: bool = field(default=False, kw_only=True)  # The request's hour or weekday.
 
     kind: ClassVar[str]  # Name of the kind in settings.
-    raw_dtype: ClassVar[str] = "string"  # TensorFlow dtype: string, float32 or float64.
+    raw_dtype: ClassVar[str] = "string"  # That of a `Spec`: string, float32 or float64.
     example: ClassVar[str] = ""  # A typed value, for error messages and the served page.
     holds_categories: ClassVar[bool] = False  # A refresh counts the unknown ones.
     takes_whole_numbers: ClassVar[bool] = False  # Whether the hour can be of this kind.
@@ -71,8 +79,12 @@ class Feature(ABC):
         return np.asarray(to_texts(column).to_numpy(zero_copy_only=False), object)
 
     @abstractmethod
-    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
-        """Encodes a tensor of `raw_spec`, in the graph. See `encode`."""
+    def encoded(self, raw: np.ndarray) -> np.ndarray:
+        """Encodes an array of `raw_spec`. See `encode`."""
+
+    @abstractmethod
+    def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
+        """Encodes a tensor of `raw_spec` as `encoded` does an array."""
 
     @property
     def raw_shape(self) -> tuple[int | None, ...]:
@@ -93,31 +105,44 @@ class Feature(ABC):
         return FlaggedNumbers(self.name, dim if self.is_embedded else None)
 
     @property
-    def raw_spec(self) -> tf.TensorSpec:
+    def raw_spec(self) -> Spec:
         """Shape and dtype of the input of `encode`."""
-        return tf.TensorSpec([None, *self.raw_shape], tf.as_dtype(self.raw_dtype))
+        return Spec((None, *self.raw_shape), self.raw_dtype)
 
     @functools.cached_property
     def missing(self) -> np.ndarray:
         """The encoding of one row without a value, [1] or [1, m]."""
-        nothing = "" if self.raw_dtype == "string" else np.nan
-        with tf.init_scope():  # Layers ask for it while a graph is traced.
-            raw = tf.fill([1, *(1 if x is None else x for x in self.raw_shape)], nothing)
-            values: np.ndarray = self.encode(tf.cast(raw, self.raw_dtype)).numpy()
-        return values
+        shape = [1, *(1 if x is None else x for x in self.raw_shape)]
+        return self.encode(np.full(shape, "" if self.raw_dtype == "string" else np.nan))
 
-    def encode(self, raw: tf.Tensor) -> tf.Tensor:
+    def encode(self, raw: np.ndarray) -> np.ndarray:
         """Encodes raw values, [B] or [B, any], as codes or numbers, [B] or [B, m].
 
-        Codes are int32, 0 where missing or unknown; numbers are float32, NaN where missing.
+        Texts are `str`, not bytes. Codes are int32, 0 where missing or unknown; numbers are
+        float32, NaN where missing. A `ValueError` if the shape is not that of `raw_spec`.
         """
+        raw = np.asarray(raw, object if self.raw_dtype == "string" else self.raw_dtype)
+        shape = self.raw_spec.shape
+        if len(shape) != raw.ndim or any(
+            size not in (None, received) for size, received in zip(shape, raw.shape, strict=True)
+        ):
+            raise ValueError(
+                f"Raw values of feature '{self.name}' must have the shape {shape}. Received: "
+                f"{raw.shape}."
+            )
+        with np.errstate(all="ignore"):  # Infinite and missing numbers are values like others.
+            return self.encoded(raw)
+
+    def encode_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
+        """Encodes a tensor of raw values as `encode` does an array."""
         spec = self.raw_spec
-        return self.encoded(tf.ensure_shape(tf.convert_to_tensor(raw, spec.dtype), spec.shape))
+        raw = tf.convert_to_tensor(raw, spec.dtype)
+        return self.encoded_in_graph(tf.ensure_shape(raw, spec.shape))
 
     def encode_column(self, column: Column) -> np.ndarray:
         """Encodes a column with `to_raw` and `encode`, in blocks of rows."""
         # In blocks, because text takes many times its size while it is encoded.
-        blocks = [self.encode(self.to_raw(block)).numpy() for block in in_blocks(column)]
+        blocks = [self.encode(self.to_raw(block)) for block in in_blocks(column)]
         return np.concatenate(blocks)
 
     def unknown(self, raw: np.ndarray) -> np.ndarray:
@@ -128,7 +153,7 @@ class Feature(ABC):
         if self.num_codes is None or self.raw_dtype != "string":
             return np.zeros(len(raw), bool)
         # Code 0 is both missing and unknown; the raw value tells which.
-        codes = self.encode(raw).numpy()
+        codes = self.encode(raw)
         has_value, is_known = (
             values.any(axis=tuple(range(1, values.ndim))) for values in (raw != "", codes)
         )

@@ -24,6 +24,14 @@ KINDS: dict[str, type[Feature]] = {
 """The kinds that settings can name. Add your own before you use it, in every process."""
 
 
+def features_of(manifest: Mapping[str, Any]) -> dict[str, tuple[Feature, ...]]:
+    """Reads the features of query, request and candidate from a model's manifest."""
+    return {
+        side: tuple(map(feature_from_dict, manifest.get("features", {}).get(side, ())))
+        for side in ("query", "request", "candidate")
+    }
+
+
 def kind_problem(kind: object) -> str:
     """Describes an unknown kind and suggests the meant one; "" if it is known."""
     is_known = isinstance(kind, str) and kind in KINDS

@@ -69,9 +69,14 @@ class Numeric(Number):
         """Computes mean and standard deviation."""
         return cls(name, *moments(to_numbers(name, column)))
 
-    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
+    def encoded(self, raw: np.ndarray) -> np.ndarray:
         """Returns [B] float32, NaN where missing or infinite."""
         encoded = standardised(raw - self.mean, self.scale)
+        return np.where(np.isfinite(raw), encoded, np.float32(np.nan))
+
+    def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns [B] float32, NaN where missing or infinite."""
+        encoded = standardised_in_graph(raw - self.mean, self.scale)
         return tf.where(tf.math.is_finite(raw), encoded, np.float32(np.nan))
 
 
@@ -105,7 +110,12 @@ class Bucketized(Number):
         """Number of buckets."""
         return len(self.boundaries) + 1
 
-    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
+    def encoded(self, raw: np.ndarray) -> np.ndarray:
+        """Returns [B] int32 buckets from 1, 0 where missing or infinite."""
+        codes = 1 + np.searchsorted(self.boundaries, raw, side="right")
+        return np.where(np.isfinite(raw), codes, 0).astype(np.int32)
+
+    def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B] int32 buckets from 1, 0 where missing or infinite."""
         codes = 1 + tf.searchsorted(tf.constant(self.boundaries, tf.float64), raw, side="right")
         return tf.where(tf.math.is_finite(raw), codes, 0)
@@ -153,13 +163,24 @@ class Timestamp(Feature):
         """Returns [n] float64 seconds since 1970, NaN where missing."""
         return to_seconds(self.name, column)
 
-    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
+    def encoded(self, raw: np.ndarray) -> np.ndarray:
         """Returns [B, 5] float32: age, sine and cosine of the hour, then of the weekday."""
-        age = tf.math.log1p(tf.maximum(self.reference - raw, 0.0) * (1 / DAY_SECONDS))
+        age = np.log1p(np.maximum(self.reference - raw, 0.0) * (1 / DAY_SECONDS))
         # The logarithm makes a day matter more for new items than for old ones.
         values = [standardised(age - self.mean, self.scale)]
-        in_day = tf.math.floormod(raw, DAY_SECONDS)
+        in_day = floor_mod(raw, DAY_SECONDS)
         # 1970 began on a Thursday. A weekday is one point on its circle at any hour.
+        in_week = floor_mod(raw - in_day + 3 * DAY_SECONDS, 7 * DAY_SECONDS)
+        for angle in (in_day * (2 * np.pi / DAY_SECONDS), in_week * (2 * np.pi / 7 / DAY_SECONDS)):
+            values += [np.sin(angle), np.cos(angle)]
+        is_finite = np.isfinite(raw[:, np.newaxis])
+        return np.where(is_finite, np.stack(values, axis=1, dtype=np.float32), np.float32(np.nan))
+
+    def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
+        """Returns [B, 5] float32, as `encoded` does."""
+        age = tf.math.log1p(tf.maximum(self.reference - raw, 0.0) * (1 / DAY_SECONDS))
+        values = [standardised_in_graph(age - self.mean, self.scale)]
+        in_day = tf.math.floormod(raw, DAY_SECONDS)
         in_week = tf.math.floormod(raw - in_day + 3 * DAY_SECONDS, 7 * DAY_SECONDS)
         for angle in (in_day * (2 * np.pi / DAY_SECONDS), in_week * (2 * np.pi / 7 / DAY_SECONDS)):
             values += [tf.cast(tf.sin(angle), tf.float32), tf.cast(tf.cos(angle), tf.float32)]
@@ -191,8 +212,23 @@ def moments(numbers: np.ndarray) -> tuple[float, float]:
     return size * float((known / size).mean()), scale or 1.0
 
 
-def standardised(values: tf.Tensor, scale: float) -> tf.Tensor:
+def floor_mod(values: np.ndarray, size: float) -> np.ndarray:
+    """Returns the remainder from 0 to below `size`, rounded as TensorFlow does.
+
+    `np.mod` returns `size` itself for a number just below 0.
+    """
+    remainder = np.fmod(values, size)
+    return np.where(values < 0, np.fmod(remainder + size, size), remainder)
+
+
+def standardised(values: np.ndarray, scale: float) -> np.ndarray:
     """Divides by a scale other than 0, clips, and returns float32."""
+    scaled = values / values.dtype.type(scale)
+    return np.clip(scaled, -MAX_DEVIATIONS, MAX_DEVIATIONS).astype(np.float32)
+
+
+def standardised_in_graph(values: tf.Tensor, scale: float) -> tf.Tensor:
+    """Does the same to a tensor."""
     # A graph would turn `/` into a multiplication by the reciprocal, which rounds differently.
     scaled = tf.math.divide_no_nan(values, tf.constant(scale, values.dtype))
     return tf.cast(tf.clip_by_value(scaled, -MAX_DEVIATIONS, MAX_DEVIATIONS), tf.float32)
@@ -270,10 +306,15 @@ class Vector(Feature):
         """Returns [n, num_values] float32, NaN in missing rows."""
         return to_vectors(self.name, column, self.num_values)
 
-    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
+    def encoded(self, raw: np.ndarray) -> np.ndarray:
+        """Returns [B, num_values] float32, NaN in rows with a missing or infinite number."""
+        is_known = np.isfinite(raw).all(axis=1, keepdims=True)
+        return np.where(is_known, standardised(raw, self.scale), np.float32(np.nan))
+
+    def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B, num_values] float32, NaN in rows with a missing or infinite number."""
         is_known = tf.reduce_all(tf.math.is_finite(raw), axis=1, keepdims=True)
-        return tf.where(is_known, standardised(raw, self.scale), np.float32(np.nan))
+        return tf.where(is_known, standardised_in_graph(raw, self.scale), np.float32(np.nan))
 
     @property
     def had_values(self) -> bool:

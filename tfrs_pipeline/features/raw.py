@@ -1,4 +1,4 @@
-"""Converts columns of Python, NumPy or Arrow values to the arrays that a graph takes.
+"""Converts columns of Python, NumPy or Arrow values to the arrays that features encode.
 
 Typed arrays are converted at once, lists value by value.
 """
@@ -20,6 +20,8 @@ WHOLE_FLOAT = r"^\s*(-?(?:0|[1-9][0-9]*))\.0\s*$"
 """How programs write a whole number in a column with missing values."""
 LARGEST_FLOAT32 = 3.4028234663852886e38
 MAX_SECONDS = 1e11  # Larger numbers must be milliseconds.
+NO_TIME = -(2**31)
+"""An unknown time among `relative_seconds`."""
 ROWS_PER_CALL = 65_536
 _TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
@@ -136,6 +138,25 @@ def to_seconds(name: str, column: Column) -> np.ndarray:
             )
         seconds[i] = value.timestamp()
     return seconds
+
+
+def relative_seconds(times: np.ndarray) -> np.ndarray:
+    """Counts times from the latest of their row: [n, any] int32, 0 or less, `NO_TIME` if unknown.
+
+    Towers read times so, since they compare them with each other alone: a difference of whole
+    seconds is exact, and LiteRT computes no float64. More than 68 years count as 68.
+
+    Args:
+        times: [n, any] seconds since 1970; NaN is unknown.
+
+    Example:
+        >>> relative_seconds(np.array([[1e9, 1e9 - 60, np.nan]]))
+        array([[          0,         -60, -2147483648]], dtype=int32)
+    """
+    is_known = ~np.isnan(times)
+    latest = np.max(times, axis=1, keepdims=True, initial=-np.inf, where=is_known)
+    seconds = np.where(is_known, np.floor(times) - np.floor(latest), NO_TIME)
+    return np.maximum(seconds, np.where(is_known, NO_TIME + 2, NO_TIME)).astype(np.int32)
 
 
 def to_vectors(name: str, column: Column, length: int | None = None) -> np.ndarray:

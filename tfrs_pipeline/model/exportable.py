@@ -1,6 +1,6 @@
 """What an export needs to know about a model of this package or another one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -15,6 +15,7 @@ from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.samples.store import RowLists
+from tfrs_pipeline.search.queries import QueryInputs
 from tfrs_pipeline.search.repeats import RepeatBonus
 
 
@@ -31,8 +32,8 @@ class Exportable:
             there are features, it also gets `features=`, encoded, by name: those of the request,
             and all or none of the user's. If none, it uses those that the model holds for the
             rows. If there are `history_times`, it also gets `history_times=`
-            [B, history_length + 1] float64: the times of the query and of each item of the history,
-            in seconds since 1970, NaN where unknown.
+            [B, history_length + 1] int32: the times of the query and of each item of the history
+            in seconds, counted from the latest of them, -2^31 where unknown.
         embed_candidates: Embeds candidates by rows [n], also within a graph. If there are features,
             it is called with `features=`, or without, to use those that the model holds.
         variables: Variables and lookup tables that the two functions read; no others are saved.
@@ -49,6 +50,8 @@ class Exportable:
         history_times: [total], the times of the values of `histories` in seconds since 1970; None
             if `embed_queries` reads no times.
         query_features: Fitted features of the users, in the order in which requests list them.
+        query_columns: Their encoded values by name, [num_queries, ...], in the order of the ids;
+            a feature without them is missing in service, unless the request brings it.
         request_features: Fitted features of requests, in that order.
         candidate_features: Fitted features of the candidates.
         reading: How the item table was read (see `Log`).
@@ -81,6 +84,7 @@ class Exportable:
     known_positives: RowLists = field(default_factory=lambda: RowLists.empty(0))
     history_times: np.ndarray | None = None
     query_features: Sequence[Feature] = ()
+    query_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     request_features: Sequence[Feature] = ()
     candidate_features: Sequence[Feature] = ()
     reading: Reading = field(default_factory=Reading)
@@ -131,6 +135,22 @@ class Exportable:
         return self
 
     @cached_property
+    def inputs(self) -> QueryInputs:
+        """What the query tower reads, and how raw queries become that."""
+        return QueryInputs(
+            users=Ids(self.query_ids) if len(self.query_ids) else NoUsers(self.query_ids),
+            items=Ids(self.candidate_ids),
+            features={
+                "query": self.query_features,
+                "request": self.request_features,
+                "candidate": self.candidate_features,
+            },
+            columns=self.query_columns,
+            history_length=self.history_length,
+            reads_times=self.history_times is not None,
+        )
+
+    @cached_property
     def candidate_ids(self) -> np.ndarray:
         """[num_candidates] int64, or object array of `str`: the items' ids, in their order."""
         if not isinstance(self.items, pa.Table) or "item_id" not in self.items.column_names:
@@ -139,3 +159,14 @@ class Exportable:
                 f"item_id. Received: {getattr(self.items, 'column_names', type(self.items))}"
             )
         return Ids(self.items["item_id"].to_pylist()).values
+
+
+class NoUsers:
+    """The users of a model that knows none; ids have the type of the empty array `ids`."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self.are_text = ids.dtype != np.int64
+
+    def rows(self, values: Any) -> np.ndarray:
+        """Returns 0 for each id: [n] int32."""
+        return np.zeros(len(values), np.int32)

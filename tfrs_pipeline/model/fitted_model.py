@@ -13,7 +13,6 @@ from tfrs_pipeline.data.held_out_queries import Holdout
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Exclude
-from tfrs_pipeline.export.encoder import Encoder, embed_queries
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.custom_parts import tables_in
 from tfrs_pipeline.model.exportable import Exportable
@@ -21,6 +20,7 @@ from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.repeat_choice import bonus_for
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
+from tfrs_pipeline.model.tf_tables import tower_of
 from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries, check_requests
 from tfrs_pipeline.samples.latest_histories import disliked_rows, latest_histories, seen_rows
@@ -47,6 +47,7 @@ def towers_of(network: TwoTowerNetwork, corpus: Corpus) -> Exportable:
         history_length=network.history_length,
         history_times=np.zeros(0) if network.reads_times else None,
         query_features=corpus.query_features,
+        query_columns=corpus.query_columns,
         request_features=corpus.request_features,
         candidate_features=corpus.candidate_features,
         # A user's own candidate tower has no bias, whatever the setting says.
@@ -55,15 +56,15 @@ def towers_of(network: TwoTowerNetwork, corpus: Corpus) -> Exportable:
 
 
 def encoder_of(towers: Exportable) -> QueryEncoder:
-    """Makes a function that embeds queries, which bring their history, by an export's `Encoder`."""
-    features = {"query": towers.query_features, "request": towers.request_features}
+    """Makes a function that embeds queries, which bring their history, by an export's towers."""
+    inputs = towers.inputs
     known = [feature.name for feature in towers.request_features]
-    encoder = Encoder(towers)
+    tower = tower_of(towers.embed_queries, inputs.tower_inputs)
 
     def embed(queries: Sequence[Query]) -> np.ndarray:
         requests = [query.get("request") for query in queries]
         check_requests(requests, known, may_have_others=True)
-        return embed_queries(encoder, queries, features)
+        return inputs.embed(tower, queries)
 
     return embed
 

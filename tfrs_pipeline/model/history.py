@@ -1,17 +1,23 @@
 """Turns a query's history into a vector: pooled, or read by causal self-attention."""
 
 import itertools
-import math
 from collections.abc import Iterator
 
+import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.features.raw import NO_TIME
 from tfrs_pipeline.model.randomness import Dropout, Stream
 from tfrs_pipeline.model.settings import ATTENTION_HEADS, TwoTowerSettings
 
 # Logarithmic buckets of the seconds between events; the last begins at 68 years.
 NUM_GAPS = 64
 _GAPS_PER_DOUBLING = 2
+# The first second of each bucket from 1. Times are whole seconds; the subtrahend only prevents that
+# rounding puts one into the bucket above.
+_FIRST_SECONDS = np.ceil(
+    np.expm1((np.arange(NUM_GAPS - 1) - 1e-6) * np.log(2) / _GAPS_PER_DOUBLING)
+).astype(np.int32)
 # A weight is exp(this * the bucket's learned number). The factor is large because a step moves the
 # number only by about the learning rate.
 _AGE_SCALE = 4.0
@@ -77,15 +83,16 @@ class HistoryEncoder(tf.keras.layers.Layer):
         """Encodes histories: [B, num_poolings * dim] float32.
 
         `history_rows`, [B, N] int32, are sorted most recent first, padded with 0. `times`,
-        [B, N + 1] float64, are those of the query and of each item in seconds, NaN if unknown.
+        [B, N + 1] int32, are those of the query and of each item, as `relative_seconds` gives them.
         """
         kept = self._kept(history_rows, dropout)
         lengths = tf.math.count_nonzero(history_rows, axis=1, dtype=tf.int32)
         parts = []
         if self._means:
             # Ages count from the latest item, so training and any later request see the same ones.
-            ages = None if times is None else times[:, 1:2] - times[:, 1:]
-            parts.append(self._pooled(history_rows, kept, self._age_weights(ages, dropout)))
+            ages = None if times is None else _elapsed(times[:, 1:], times[:, 1:2])
+            weights = self._age_weights(ages, dropout)
+            parts.append(self._pooled(history_rows, kept, weights, is_large=dropout is not None))
         if self._has_attention:
             width = tf.shape(history_rows)[1]
             if dropout is None:
@@ -110,7 +117,7 @@ class HistoryEncoder(tf.keras.layers.Layer):
         """Encodes every prefix of sequences: [W, L + 1, num_poolings * dim] float32.
 
         Entry j encodes the first j items of [W, L] int32, oldest first, padded with 0, for a query
-        at entry j of `times`, [W, L + 1] float64: those of the items, then of the last query.
+        at entry j of `times`, [W, L + 1] int32: those of the items, then of the last query.
         """
         kept = self._kept(sequence_rows, dropout)
         parts = []
@@ -118,8 +125,8 @@ class HistoryEncoder(tf.keras.layers.Layer):
             ages = None
             if times is not None:
                 # Entry [j, i] is the age of item i where item j - 1 is the latest.
-                ages = tf.pad(times[:, :-1], [[0, 0], [1, 0]])[:, :, tf.newaxis]
-                ages -= times[:, tf.newaxis, :-1]
+                latest = tf.pad(times[:, :-1], [[0, 0], [1, 0]])[:, :, tf.newaxis]
+                ages = _elapsed(times[:, tf.newaxis, :-1], latest)
             parts.append(self._pooled_states(sequence_rows, kept, self._age_weights(ages, dropout)))
         if self._has_attention:
             parts.append(self._attended(sequence_rows, kept, times, dropout))
@@ -144,7 +151,8 @@ class HistoryEncoder(tf.keras.layers.Layer):
         """
         if self.ages is None or seconds is None:
             return 1.0
-        weights = tf.exp(_AGE_SCALE * tf.gather(self.ages, _buckets(seconds)))
+        buckets = _buckets(seconds, is_large=dropout is not None)
+        weights = tf.exp(_AGE_SCALE * tf.gather(self.ages, buckets))
         if dropout is None:
             return weights
         shape = tf.concat([tf.shape(seconds)[:1], tf.ones_like(tf.shape(seconds)[1:])], axis=0)
@@ -175,7 +183,12 @@ class HistoryEncoder(tf.keras.layers.Layer):
         return tf.where(is_empty, self._empty, tf.concat(pooled, axis=2))
 
     def _pooled(
-        self, history_rows: tf.Tensor, kept: tf.Tensor, age_weights: tf.Tensor | float
+        self,
+        history_rows: tf.Tensor,
+        kept: tf.Tensor,
+        age_weights: tf.Tensor | float,
+        *,
+        is_large: bool,
     ) -> tf.Tensor:
         """Pools [B, N] histories, where `kept` is 1: [B, num_pooled * dim]."""
         steps_ago = tf.range(tf.shape(history_rows)[1], dtype=tf.float32)
@@ -187,10 +200,13 @@ class HistoryEncoder(tf.keras.layers.Layer):
         pooled = []
         for pooling in self._means:
             weighted = vectors * tf.gather_nd(weights[pooling], kept_cells)[:, tf.newaxis]
-            # The cells are sorted by row. For sorted rows this sum is several times faster,
-            # gradient included.
-            total = tf.math.segment_sum(weighted, kept_cells[:, 0])
-            total = tf.pad(total, [[0, num_rows - tf.shape(total)[0]], [0, 0]])
+            if is_large:
+                # The cells are sorted by row. For sorted rows this sum is several times faster,
+                # gradient included; LiteRT's does not take a row without a cell.
+                total = tf.math.segment_sum(weighted, kept_cells[:, 0])
+                total = tf.pad(total, [[0, num_rows - tf.shape(total)[0]], [0, 0]])
+            else:
+                total = tf.math.unsorted_segment_sum(weighted, kept_cells[:, 0], num_rows)
             share = tf.reduce_sum(weights[pooling], axis=1, keepdims=True)
             pooled.append(tf.math.divide_no_nan(total, share))
         is_empty = ~tf.reduce_any(kept > 0, axis=1, keepdims=True)
@@ -205,10 +221,10 @@ class HistoryEncoder(tf.keras.layers.Layer):
     ) -> tf.Tensor:
         """Runs the Transformer: [W, L] rows, oldest first -> [W, L + 1, dim]."""
         # A dropped item keeps its position, with a vector of zeros.
-        vectors = self._embedding(sequence_rows) * kept[:, :, tf.newaxis]
+        vectors = self._embedding(sequence_rows) * tf.expand_dims(kept, 2)
         gaps = None
         if self._reads_times and times is not None:
-            gaps = gap_buckets(times)
+            gaps = gap_buckets(times, is_large=dropout is not None)
             if dropout is not None:
                 gaps = drop_gaps(gaps, dropout.of(Stream.GAPS))
         return self.attention(vectors, gaps, dropout) * _EMBEDDING_SCALE
@@ -318,28 +334,34 @@ def _normal() -> tf.keras.initializers.Initializer:
     return tf.keras.initializers.RandomNormal(stddev=0.02)
 
 
-def gap_buckets(times: tf.Tensor) -> tf.Tensor:
-    """Buckets the time since the previous entry, given [W, L + 1] float64 seconds: int32.
+def gap_buckets(times: tf.Tensor, *, is_large: bool = False) -> tf.Tensor:
+    """Buckets the time since the previous entry, given [W, L + 1] `relative_seconds`: int32.
 
-    The bucket is 0 at the first position and where a time is unknown (NaN), else
+    The bucket is 0 at the first position and where a time is unknown, else
     1 + floor(2 log2(1 + seconds)), at most `NUM_GAPS` - 1.
 
     Example:
-        >>> gap_buckets(tf.constant([[5.0, 5.0, 6.0, 9.0, float("nan"), 7.0]], tf.float64)).numpy()
+        >>> times = relative_seconds(np.array([[5.0, 5.0, 6.0, 9.0, np.nan, 7.0]]))
+        >>> gap_buckets(tf.constant(times)).numpy()
         array([[0, 1, 3, 5, 0, 0]], dtype=int32)
     """
-    return tf.pad(_buckets(times[:, 1:] - times[:, :-1]), [[0, 0], [1, 0]])
+    buckets = _buckets(_elapsed(times[:, :-1], times[:, 1:]), is_large=is_large)
+    return tf.pad(buckets, [[0, 0], [1, 0]])
 
 
-def _buckets(seconds: tf.Tensor) -> tf.Tensor:
-    """Buckets durations of any shape, as in `gap_buckets`: int32, 0 where unknown (NaN)."""
-    is_known = tf.math.is_finite(seconds)
-    # A clock may go backwards.
-    seconds = tf.maximum(tf.where(is_known, seconds, 0.0), 0.0)
-    # Seconds are integers, so the addend only prevents rounding into the bucket below.
-    steps = tf.floor(_GAPS_PER_DOUBLING * tf.math.log1p(seconds) / math.log(2) + 1e-6)
-    buckets = tf.minimum(1 + tf.cast(steps, tf.int32), NUM_GAPS - 1)
-    return tf.where(is_known, buckets, 0)
+def _elapsed(earlier: tf.Tensor, later: tf.Tensor) -> tf.Tensor:
+    """Returns the seconds between times of any shape: int32, -1 where one is unknown."""
+    is_known = (earlier != NO_TIME) & (later != NO_TIME)
+    return tf.where(is_known, tf.maximum(later - earlier, 0), -1)  # A clock may go backwards.
+
+
+def _buckets(seconds: tf.Tensor, *, is_large: bool) -> tf.Tensor:
+    """Buckets seconds of any shape, as in `gap_buckets`: int32, 0 where unknown (-1)."""
+    if is_large:  # The faster search, which LiteRT lacks.
+        buckets = tf.searchsorted(_FIRST_SECONDS, tf.reshape(seconds, [-1]), side="right")
+        return tf.reshape(buckets, tf.shape(seconds))
+    is_reached = tf.expand_dims(seconds, -1) >= _FIRST_SECONDS
+    return tf.reduce_sum(tf.cast(is_reached, tf.int32), axis=-1)
 
 
 def drop_gaps(gaps: tf.Tensor, dropout: Dropout) -> tf.Tensor:

@@ -31,8 +31,7 @@ class TwoTowerNetwork(tfrs.Model):
     - `dropout_seed`: [2] int32, in training; with several replicas also `dropout_slice`.
     - For queries, `history_rows`, or `sequence_rows` and `state`; if the corpus has times and
       `history_pooling` has recency or attention, also `history_times` or `sequence_times`. See
-      `Batch`. Keras casts times to float32, that is to 128 seconds, unless the layer has
-      `autocast=False`.
+      `Batch`.
 
     Raises a `ValueError` if a tower returns something else, their widths differ, or the Keras
     policy is not float32. Encoded features of the corpus become constants of the model; the query
@@ -93,7 +92,7 @@ class TwoTowerNetwork(tfrs.Model):
         if not self.shrinkage:
             return queries
         empty = self._queries(Batch(query_rows, history_rows=tf.zeros_like(history_rows)), features)
-        n = tf.math.count_nonzero(history_rows, axis=1, keepdims=True, dtype=tf.float32)
+        n = tf.reduce_sum(tf.cast(history_rows > 0, tf.float32), axis=1, keepdims=True)
         return empty + n / (n + self.shrinkage) * (queries - empty)
 
     def embed_candidates(
@@ -262,7 +261,7 @@ class TwoTowerNetwork(tfrs.Model):
         """Tries the query tower on a whole sequence; a `KeyError` if it reads histories alone."""
         row = tf.zeros([1], tf.int32)
         sequence = tf.zeros([1, self.history_length], tf.int32)
-        times = tf.zeros([1, self.history_length + 1], tf.float64) if self.reads_times else None
+        times = tf.zeros([1, self.history_length + 1], tf.int32) if self.reads_times else None
         try:
             self._queries(Batch(row, sequence_rows=sequence, sequence_times=times, state=row))
         except KeyError as error:

@@ -349,6 +349,9 @@ class FittedSum:
                 feature.name: feature for member in members for feature in getattr(member, side)
             }
             features[side] = tuple(by_name.values())
+        features["query_columns"] = {
+            name: values for member in members for name, values in member.query_columns.items()
+        }
         return dataclasses.replace(
             longest,
             embed_queries=embed_queries,

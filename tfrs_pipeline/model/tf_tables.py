@@ -1,13 +1,12 @@
 """Ids as tensors, tables from ids to rows, and functions with named inputs in a saved graph."""
 
-import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.retrieval import check_ids
+from tfrs_pipeline.search.queries import FEATURE, HISTORY_TIMES, INPUT, Arrays, Tower
 
 # Candidates embedded in one call, when the whole corpus is embedded.
 CORPUS_BLOCK = 65_536
@@ -21,57 +20,6 @@ def id_dtype(ids: np.ndarray) -> tf.DType:
 def empty_id(dtype: tf.DType) -> Any:
     """Returns the id of an empty slot: -1 or ""."""
     return -1 if dtype == tf.int64 else ""
-
-
-def id_array(ids: Sequence[Any], dtype: tf.DType) -> np.ndarray:
-    """Makes an array of ids, [n] int64, or texts as objects; None is the empty id.
-
-    Raises a `ValueError` if one has another type than the graph's `dtype`.
-    """
-    check_ids([ids], are_text=dtype == tf.string)
-    return _ids_in_graph(ids, dtype)
-
-
-def id_rows(lists: Sequence[Collection[Any]], dtype: tf.DType) -> np.ndarray:
-    """Makes an array [n, longest] of lists of ids, padded with the empty id; see `id_array`.
-
-    Example:
-        >>> id_rows([[7, 8], [], [9]], tf.int64)
-        array([[ 7,  8],
-               [-1, -1],
-               [ 9, -1]])
-    """
-    check_ids(lists, are_text=dtype == tf.string)
-    values = _ids_in_graph(list(itertools.chain.from_iterable(lists)), dtype)
-    return padded(values, lists, empty_id(dtype))
-
-
-def padded(values: np.ndarray, lists: Sequence[Collection[Any]], default: Any) -> np.ndarray:
-    """Puts the concatenated values of lists into rows [n, longest], padded at the end."""
-    # In NumPy: a ragged tensor outside a graph takes a millisecond.
-    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
-    rows = np.full((len(lists), lengths.max(initial=0)), default, values.dtype)
-    rows[np.arange(rows.shape[1]) < lengths[:, np.newaxis]] = values
-    return rows
-
-
-def _ids_in_graph(ids: Sequence[Any], dtype: tf.DType) -> np.ndarray:
-    """Returns ids as a graph takes them; None and integers beyond int64 become the empty id."""
-    if dtype == tf.string:
-        return np.array(["" if id_ is None else id_ for id_ in ids], object)
-    array = np.asarray(ids)
-    if array.dtype.kind != "i":
-        fits = [id_ is not None and -(2**63) <= id_ < 2**63 for id_ in ids]
-        pairs = zip(ids, fits, strict=True)
-        array = np.array([id_ if fit else empty_id(dtype) for id_, fit in pairs], np.int64)
-    return array
-
-
-def id_lists_of(ids: np.ndarray) -> list[list[Any]]:
-    """Returns the ids in each row of [n, any] padded ids from a graph, where text is bytes."""
-    if ids.dtype.kind == "i":
-        return [row[row != -1].tolist() for row in ids]
-    return [as_ids(id_ for id_ in row if id_ != b"") for row in ids.tolist()]
 
 
 def as_ids(values: Iterable[Any]) -> list[Any]:
@@ -111,17 +59,6 @@ def lookup(table: tf.lookup.experimental.MutableHashTable, ids: tf.Tensor) -> tf
     return tf.ensure_shape(tf.cast(table.lookup(ids), tf.int32), ids.shape)
 
 
-def loaded_rows(table: Any, ids: Sequence[Any], dtype: tf.DType) -> np.ndarray:
-    """Looks up rows in a `row_table` of a loaded model: [n] int64."""
-    # A loaded table has a handle and no methods.
-    rows = tf.raw_ops.LookupTableFindV2(
-        table_handle=table.resource_handle,
-        keys=tf.constant(id_array(ids, dtype), dtype, [len(ids)]),
-        default_value=tf.constant(0, tf.int64),
-    )
-    return rows.numpy()
-
-
 def traced(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> tf.function:
     """Makes a graph of a function of named inputs, for `call`."""
     # By position: the name of a feature may not be a Python name.
@@ -132,6 +69,49 @@ def traced(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> tf.f
         input_signature=specs,
         autograph=False,
     )
+
+
+def tower_function(
+    embed: Callable[..., tf.Tensor], inputs: Mapping[str, tuple[Sequence[int | None], str]]
+) -> tf.function:
+    """Makes a graph of an embedding function of an `Exportable`, for encoded inputs by name.
+
+    It takes the inputs in their order, [B, ...] each, and returns [B, D] float32.
+    """
+    specs = [
+        tf.TensorSpec([None, *shape], dtype, INPUT.format(number))
+        for number, (shape, dtype) in enumerate(inputs.values())
+    ]
+
+    def flat(*values: tf.Tensor) -> tf.Tensor:
+        by_name = dict(zip(inputs, values, strict=True))
+        features = {
+            name.removeprefix(FEATURE): value
+            for name, value in by_name.items()
+            if name.startswith(FEATURE)
+        }
+        rows = [by_name[name] for name in inputs if name.endswith("_rows")]
+        # Without features, functions do not take the argument; the same holds for times.
+        named: dict[str, Any] = {"features": features} if features else {}
+        if HISTORY_TIMES in by_name:
+            named[HISTORY_TIMES] = by_name[HISTORY_TIMES]
+        return embed(*rows, **named)
+
+    # AutoGraph would rewrite the source of all that is called, which takes seconds of a process.
+    return tf.function(flat, input_signature=specs, autograph=False)
+
+
+def tower_of(
+    embed: Callable[..., tf.Tensor], inputs: Mapping[str, tuple[Sequence[int | None], str]]
+) -> Tower:
+    """Makes a `Tower` of an embedding function of an `Exportable`."""
+    function = tower_function(embed, inputs)
+
+    def embedded(arrays: Arrays) -> np.ndarray:
+        values: np.ndarray = function(*(tf.constant(arrays[name]) for name in inputs)).numpy()
+        return values
+
+    return embedded
 
 
 def signature_inputs(function: Any) -> dict[str, tf.TensorSpec]:

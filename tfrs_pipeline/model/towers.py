@@ -92,8 +92,7 @@ class Tower(tf.keras.layers.Layer):
         bias: Literal["id", "ones"] | None = None,
         history: HistoryEncoder | None = None,
     ) -> None:
-        # Keras would cast the times to float32, which rounds today's to 128 seconds.
-        super().__init__(name=name, autocast=False)
+        super().__init__(name=name)
         if num_ids is None and history is None and not features:
             raise ValueError(f"The {name} has no input: give it an id, a history or a feature.")
         dim = settings.dim

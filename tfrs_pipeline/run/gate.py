@@ -17,7 +17,6 @@ from tfrs_pipeline.features.encoding import request_signature
 from tfrs_pipeline.messages import sentence
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.run.folder import RunFolder
-from tfrs_pipeline.search.exclusions import rule_of_version
 from tfrs_pipeline.search.topk import ExactRetriever
 from tfrs_pipeline.service.publish import MANIFEST_FILE, NotPublished, versions_of
 from tfrs_pipeline.service.retriever import LoadedRetriever, load
@@ -157,7 +156,7 @@ def worse_than_version(
     version = _newest(folder, without)
     assert version is not None  # It was measured.
     comparison = _described(evaluation, metric, IN_SERVICE, f"version {version.name} in service")
-    theirs = rule_of_version(read_record(version / MANIFEST_FILE, check_files=False))
+    theirs = read_record(version / MANIFEST_FILE, check_files=False)["exclude"]
     if theirs != (ours := evaluation.first.exclude):  # Its users will be offered other items.
         comparison += f", both with evaluation.exclude {ours}; that version has {theirs}"
     # The interval is of the version's mean minus the new model's. If all of it is above 0, the new

@@ -16,13 +16,7 @@ from tfrs_pipeline import __version__
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.durable import read_record, read_whole, recorded_hashes, write_record
 from tfrs_pipeline.evaluation.results import Evaluation
-from tfrs_pipeline.export.export import (
-    LIBRARIES,
-    NUM_QUERIES,
-    ExportOptions,
-    describe_index,
-    export_version,
-)
+from tfrs_pipeline.exports.export import export_version
 from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
 from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
 from tfrs_pipeline.model.fitted_model import excluding
@@ -38,6 +32,7 @@ from tfrs_pipeline.run.training import training_step, trainings_of, variants
 from tfrs_pipeline.run.warm_start_settings import resolve_settings
 from tfrs_pipeline.search.settings import search_of
 from tfrs_pipeline.service.publish import MANIFEST_FILE, NotPublished, versions_of
+from tfrs_pipeline.service.version import LIBRARIES, NUM_QUERIES, ExportOptions, describe_index
 
 VERSION = "export.directory/NAME/VERSION/"  # As the list of steps shows it.
 _NOT_EXPORTED: dict[str, Any] = {"index": {"kind": "none"}, "export_folder": None}

@@ -1,10 +1,11 @@
-"""Gives an exported model another set of items, without training.
+"""Gives an exported model another set of items, without training and without TensorFlow."""
 
-TensorFlow is imported after the items are read, so that bad ones are refused at once.
-"""
-
+import functools
+import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from tfrs_pipeline.search.settings import Search
 from tfrs_pipeline.service import publish
 
 if TYPE_CHECKING:
+    from tfrs_pipeline.service.proof import Answers
     from tfrs_pipeline.service.retriever import LoadedRetriever
 
 # Shown during an export, a run's too: it may take minutes.
@@ -75,6 +77,36 @@ class _Refresh(Runner):
 
     def __post_init__(self) -> None:
         super().__init__(self.progress)
+
+
+def _save_graphs(
+    refresh: _Refresh,
+    before: Path,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    probes: "Answers",
+    _: np.ndarray | None,
+) -> Mapping[str, "Answers"]:
+    """Writes the SavedModels again, in a process with TensorFlow; returns their answers."""
+    from tfrs_pipeline.search.searcher import in_fresh_process
+
+    if not (before / publish.SAVED_MODEL_FILE).exists() or not find_spec("tensorflow"):
+        refresh.note(
+            "no SavedModel is written: TensorFlow is not installed here, or the version before has "
+            "none. A service of this package needs none"
+        )
+        return {}
+    about = {name: manifest[name] for name in ("index", "has_item_bias")}
+    done = in_fresh_process(
+        "tfrs_pipeline.exports.saved_model:save_again",
+        *map(str, (folder, before)),
+        stdin=pickle.dumps((about, probes)),
+    )
+    if done.returncode:
+        why = done.stderr.decode(errors="replace").strip()[-2000:]
+        raise RuntimeError(f"The SavedModel could not be written: {why}")
+    answers: Mapping[str, Answers] = pickle.loads(done.stdout)
+    return answers
 
 
 def refresh_steps() -> list[Step]:
@@ -178,7 +210,7 @@ def _embed(
 
     Returns these items, [n, D] float32, and how many of them the training did not have.
     """
-    from tfrs_pipeline.export.encoder import ITEMS_PER_CALL
+    from tfrs_pipeline.service.retriever import ITEMS_PER_CALL
 
     path = refresh.path
     features, blocks = [feature.name for feature in model.features["candidate"]], []
@@ -224,11 +256,11 @@ def _embed(
 def _export(
     refresh: _Refresh, model: "LoadedRetriever", embedded: tuple[pa.Table, np.ndarray, int]
 ) -> Refreshed:
-    from tfrs_pipeline.export.export import ExportOptions, describe_index, export_index
+    from tfrs_pipeline.service.version import ExportOptions, Items, describe_index, write_version
 
     refresh.progress.task("export", 0, 0, WRITING)
     items, embeddings, num_untrained = embedded
-    number = int(model.folder.name)
+    before, number = model.folder, int(model.folder.name)
     ids, ids_before = set(items["item_id"].to_pylist()), set(model.candidate_ids())
     refreshed = {
         "from_version": number,
@@ -239,14 +271,14 @@ def _export(
         "num_untrained": num_untrained,
     }
     about = {"refreshed": refreshed, "items_read": refresh.began.isoformat()}
-    folder, manifest = export_index(
-        model.folder.parent,
+    folder, manifest = write_version(
+        before.parent,
         replace(ExportOptions.of(model.manifest), **refresh.options),
-        encoder=model.saved_model.encoder,
-        embeddings=embeddings,
-        items=items,
+        fill=lambda files: publish.keep_parts(before, files),
+        items=Items(items, embeddings),
         queries=model.held_out_queries(),
         manifest=model.manifest | about,
+        save_graphs=functools.partial(_save_graphs, refresh, before),
     )
     num_new, num_gone = len(ids - ids_before), len(ids_before - ids)
     refresh.note(

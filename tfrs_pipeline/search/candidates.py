@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from tfrs_pipeline.search.settings import Level
 from tfrs_pipeline.search.topk import merge, top_k_in_blocks
 
 logger = logging.getLogger(__name__)
+
+
+Allowed: TypeAlias = Sequence[Collection[str]] | None
+"""For each query, values of the item filter: items need one of them. An empty list allows all."""
 
 
 class UnknownItem(ValueError):

@@ -1,6 +1,6 @@
 """Which items no answer to a user holds: what the user disliked, always, and what they know.
 
-This is the one module that decides it for service: for the exported graph (`export/encoder.py`),
+This is the one module that decides it for service: for the exported graph (`exports/encoder.py`),
 for events (`service/user_histories.py`), and for answers by a history that the query brings
 (`LoadedRetriever.left_out`, which `recommend` and the command `query` call). The rule is the
 `evaluation.exclude` of the training, so that answers by user id leave out what the rankings of the
@@ -8,12 +8,9 @@ test left out (`Holdout.excluded`). `Activity` also takes disliked items out of 
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tfrs_pipeline.data.schema import SEEN, Exclude, Stage
-
-if TYPE_CHECKING:
-    from tfrs_pipeline.model.exportable import Exportable
 
 KNOWN_STAGES: Mapping[Exclude, Collection[Stage]] = {
     "clicked": [Stage.CLICKED],
@@ -23,21 +20,9 @@ KNOWN_STAGES: Mapping[Exclude, Collection[Stage]] = {
 """Rule -> the stages of events that make an item known to its user."""
 
 
-def rule_of(model: "Exportable") -> Exclude:
+def rule_with(exclude: Exclude, *, has_bonus: bool) -> Exclude:
     """Returns the rule of a model: `exclude`, or "none" with a repeat bonus, which needs them."""
-    return model.exclude if model.repeat_bonus is None else "none"
-
-
-def rule_of_version(manifest: Mapping[str, Any], *, has_bonus: bool = False) -> Exclude:
-    """Returns the rule of an exported version.
-
-    Early versions say in `excludes_known` whether known items are left out, or nothing: then they
-    are unless the graph `has_bonus`.
-    """
-    rule: Exclude = manifest.get("config", {}).get("evaluation", {}).get("exclude", "clicked")
-    if not manifest.get("excludes_known", not has_bonus):
-        rule = "none"
-    return manifest.get("exclude", rule)
+    return "none" if has_bonus else exclude
 
 
 def left_out(rule: Exclude, known: Iterable[Any], disliked: Iterable[Any]) -> list[Any]:
@@ -46,7 +31,7 @@ def left_out(rule: Exclude, known: Iterable[Any], disliked: Iterable[Any]) -> li
     Disliked items are left out by every rule.
 
     Args:
-        rule: As `rule_of` returns it.
+        rule: As `rule_with` returns it.
         known: What the user knows by that rule.
         disliked: What the user disliked, in the training's log or in service.
 

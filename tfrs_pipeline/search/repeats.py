@@ -10,14 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.retrieval import Query, history_of
 from tfrs_pipeline.search.topk import ExactRetriever, ScoreRetriever
-
-# A pair of a line and a candidate row becomes one int64, line * _ROWS + row: rows are int32.
-_ROWS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -47,28 +43,27 @@ class RepeatBonus:
         decay = f", each times (1 + age)^-{self.forgetting:g}" if self.forgetting else ""
         return f"{self.weight:+.3g} * occurrences^{self.power:g}{decay}"
 
-    def of(self, histories: tf.RaggedTensor) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
-        """Returns the distinct known items of histories, and their bonuses; works in a graph too.
+    def of(self, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the distinct known items of a history, and their bonuses.
 
         Args:
-            histories: [B, any] int32 candidate rows, most recent first; unknown items, 0, are left
-                out.
+            history: [n] candidate rows, most recent first; unknown items, 0, are left out.
 
         Returns:
-            [B, any] int32 candidate rows, in the order of their last occurrence, most recent first;
-            and their bonuses, [B, any] float32.
+            [any] rows, in the order of their last occurrence, most recent first; and their
+            bonuses, [any] float32.
+
+        Example:
+            >>> rows, bonuses = RepeatBonus(2.0, 0.5, 0.0).of(np.array([7, 3, 7, 7, 7]))
+            >>> rows.tolist(), bonuses.tolist()
+            ([7, 3], [4.0, 2.0])
         """
-        known = tf.ragged.boolean_mask(histories, histories > 0)
-        lines = tf.cast(known.value_rowids(), tf.int64)
-        ages = tf.cast(tf.ragged.range(known.row_lengths()).values, tf.float32)
-        pairs, positions = tf.unique(lines * _ROWS + tf.cast(known.values, tf.int64))
-        n = tf.math.unsorted_segment_sum((1 + ages) ** -self.forgetting, positions, tf.size(pairs))
-        num_lines = histories.nrows(tf.int64)
-        rows, bonuses = (
-            tf.RaggedTensor.from_value_rowids(values, pairs // _ROWS, num_lines)
-            for values in (tf.cast(pairs % _ROWS, tf.int32), self.weight * n**self.power)
-        )
-        return rows, bonuses
+        known = history[history > 0]
+        rows, first, slots = np.unique(known, return_index=True, return_inverse=True)
+        n = np.bincount(slots, (1.0 + np.arange(len(known))) ** -self.forgetting, len(rows))
+        order = np.argsort(first)
+        bonuses = self.weight * n[order] ** self.power
+        return rows[order], bonuses.astype(np.float32)
 
     def cells(
         self, items: Ids, queries: Sequence[Query]
@@ -78,11 +73,10 @@ class RepeatBonus:
         Returns, for each bonus, the position of its query from 0, [any] int64; the row of its item
         among `items` from 1, [any] int32; and the bonus, [any] float32.
         """
-        histories = [items.rows(history_of(query))[::-1] for query in queries]
-        values = np.concatenate([np.zeros(0, np.int32), *histories])
-        lengths = np.array([len(history) for history in histories], np.int64)
-        rows, bonuses = self.of(tf.RaggedTensor.from_row_lengths(values, lengths))
-        return rows.value_rowids().numpy(), rows.values.numpy(), bonuses.values.numpy()
+        parts = [self.of(items.rows(history_of(query))[::-1]) for query in queries]
+        lines = np.repeat(np.arange(len(parts)), [len(rows) for rows, _ in parts])
+        rows = np.concatenate([np.zeros(0, np.int32), *(rows for rows, _ in parts)])
+        return lines, rows, np.concatenate([np.zeros(0, np.float32), *(part[1] for part in parts)])
 
     def added_to(self, exact: ExactRetriever) -> ScoreRetriever:
         """Returns a retriever that adds the bonus to the scores of an exact one."""

@@ -2,7 +2,7 @@
 
 The rule: candidates are ordered by score, equal scores by row, the smaller first; an excluded one
 is not found; a slot without a candidate has row 0 and score -inf. `ExactIndex` of
-`export/graph_index.py` follows it in a graph; tests hold both to one table.
+`exports/graph_index.py` follows it in a graph; tests hold both to one table.
 """
 
 from collections.abc import Callable, Collection, Sequence

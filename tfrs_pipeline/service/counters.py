@@ -32,7 +32,7 @@ def count_answers(
     is_filled = outputs["scores"] > -np.inf
     _count(SLOTS, _num(is_filled), is_filled.size)
     if "allowed" in inputs:
-        is_filtered = (inputs["allowed"] != b"").any(axis=1)
+        is_filtered = (inputs["allowed"] != "").any(axis=1)
         _count(FILTERED_QUERIES, _num(is_filtered & ~is_filled[:, 0]), _num(is_filtered))
 
 
@@ -44,7 +44,7 @@ def _count(counter: Counter, num_true: int, num: int) -> None:
 
 def _num_ids(ids: np.ndarray) -> int:
     """Counts the ids in an array that is padded with empty ones."""
-    return _num(ids != (b"" if ids.dtype == object else -1))
+    return _num(ids != ("" if ids.dtype == object else -1))
 
 
 def _num(is_true: np.ndarray) -> int:

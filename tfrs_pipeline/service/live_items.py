@@ -22,7 +22,7 @@ import math
 import string
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -33,13 +33,14 @@ import numpy as np
 from tfrs_pipeline.data.ids import NO_ID
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.durable import StorageError
-from tfrs_pipeline.export.encoder import SavedEncoder, features_of
 from tfrs_pipeline.features.encoding import raw_columns
 from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.kinds import features_of
 from tfrs_pipeline.features.raw import is_missing
 from tfrs_pipeline.messages import plain
 from tfrs_pipeline.retrieval import check_collection, check_ids
 from tfrs_pipeline.search.candidates import Candidates
+from tfrs_pipeline.search.queries import Arrays
 from tfrs_pipeline.search.searcher import SMALLEST_HASHED_CORPUS, build_in_subprocess
 from tfrs_pipeline.service.database import Database
 
@@ -47,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 Item: TypeAlias = Mapping[str, Any]
 """An item: `item_id`, and raw values by column of the log's item table; None is missing."""
+
+Embed: TypeAlias = Callable[[Sequence[Any], Arrays], tuple[np.ndarray, np.ndarray]]
+"""Embeds items by ids and raw features: [n, D] float32, and if training had them, [n] bool."""
 
 STORE_FILE = "live.sqlite"
 
@@ -129,7 +133,7 @@ class LiveItems:
     """Writes to the candidates of a loaded version; safe from several threads.
 
     Begins by taking in what the store holds, in the model's `folder`. `manifest` is the version's.
-    An index has `num_leaves` partitions; 0 is exact search.
+    `embed` embeds items. An index has `num_leaves` partitions; 0 is exact search.
 
     Attributes:
         folder: The model's folder.
@@ -142,10 +146,10 @@ class LiveItems:
         folder: Path,
         manifest: Mapping[str, Any],
         candidates: Candidates,
-        encoder: SavedEncoder,
+        embed: Embed,
         num_leaves: int,
     ) -> None:
-        self._store, self._candidates, self._encoder = Store(folder), candidates, encoder
+        self._store, self._candidates, self._embed = Store(folder), candidates, embed
         # When the reading of the version's items began, in seconds since 1970.
         self._items_read = datetime.fromisoformat(manifest["items_read"]).timestamp()
         self._features = features_of(manifest)["candidate"]
@@ -278,7 +282,7 @@ class LiveItems:
         if not items:
             return self._candidates.vectors_of([])
         ids = [item["item_id"] for item in items]
-        vectors, is_known = self._encoder.embed_items(ids, self._features, raw)
+        vectors, is_known = self._embed(ids, raw)
         wrong = ~np.isfinite(vectors).all(axis=1)
         if not self._features:  # A new item then has nothing to be embedded by.
             wrong |= ~is_known
@@ -377,7 +381,7 @@ def _check_kind(feature: Feature, item_id: Any, value: Any) -> None:
     needs = "text"
     if feature.is_time:
         wrong, needs = (bool, int, float, list), "text, ISO 8601 with a time zone"
-    elif feature.raw_spec.dtype.is_floating:
+    elif feature.raw_dtype.startswith("float"):
         wrong, needs = (str, bool, list), "numbers"
     is_list, is_one = isinstance(value, list), feature.raw_shape == ()
     entries = value if is_list else [value]

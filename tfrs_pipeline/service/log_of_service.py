@@ -133,7 +133,7 @@ def record_file(model: "LoadedRetriever", path: str | Path) -> Recorded:
     # its file.
     by_user = events.order_by(["user_id", "_row"])
     journal, recorded = Journal(model.live.folder), Recorded()
-    until = -1 if model.activity is None else model.activity.until
+    until = model.users.until if model.users.journal is not None else -1
     for batch in by_user.to_pyarrow_batches(chunk_size=_EVENTS_PER_WRITE):
         read = batch.drop_columns(["_row"]).to_pylist()
         try:

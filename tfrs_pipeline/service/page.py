@@ -10,15 +10,13 @@ import numpy as np
 from pydantic import BaseModel, FailFast, Field, StrictInt, StrictStr, TypeAdapter
 from pydantic_core import to_json, to_jsonable_python
 
-from tfrs_pipeline.export.encoder import feature_arrays, request_arrays
 from tfrs_pipeline.features.encoding import parse_request
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.numeric import Timestamp
-from tfrs_pipeline.model.tf_tables import empty_id
 from tfrs_pipeline.service import rest
-from tfrs_pipeline.service.publish import FILTERED, SIMILAR
 from tfrs_pipeline.service.retriever import LoadedRetriever
 from tfrs_pipeline.service.settings import ServeSettings
+from tfrs_pipeline.service.signatures import FILTERED, SIMILAR
 from tfrs_pipeline.service.versions import ServedVersion
 
 PAGE_FILE = Path(__file__).with_name("page.html")
@@ -123,7 +121,8 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
     result: dict[str, Any] = {"version": version.number, "index": answered, "exact": None}
     result["request"] = {"path": path, "body": request.decode()}
     if query.user_id is not None:
-        history = retriever.stored_history(retriever.encoder.parse_id(str(query.user_id), "user"))
+        user_id = retriever.stored.parse_id(str(query.user_id), "user")
+        history = retriever.users.history(user_id)
         shown = _shown(version, history[:MAX_HISTORY_SHOWN])
         result["history"] = {"items": shown, "length": len(history)}
     if retriever.manifest["index"]["kind"] == "scann":
@@ -135,7 +134,7 @@ def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[s
 
 def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
     """Makes the predict call for a query."""
-    parse_id = retriever.encoder.parse_id
+    parse_id = retriever.stored.parse_id
     history = [parse_id(str(item)) for item in query.items]
     if query.similar_to is not None:
         name, inputs = SIMILAR, {"item_id": [parse_id(str(query.similar_to))]}
@@ -145,20 +144,18 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
         name, inputs = "retrieve_user", {"user_id": [parse_id(str(query.user_id), "user")]}
     else:
         name = "retrieve_with_features" if query.features else "retrieve"
-        inputs = {"user_id": [empty_id(retriever.user_dtype)], "history": [history]}
+        inputs = {"user_id": ["" if retriever.stored.users.are_text else -1], "history": [history]}
     inputs["exclude"] = [history]
-    arrays: dict[str, np.ndarray] = {}
-    if query.features:
+    if name != SIMILAR:
         known = {feature.name: feature for feature in retriever.features["query"]}
         features = {
             name: known[name].parse(text) if name in known else text
             for name, text in query.features.items()
         }
-        arrays |= feature_arrays(retriever.features["query"], [{"features": features}])
-    if query.request and name != SIMILAR:
         request = parse_request(retriever.features["request"], query.request)
-        arrays |= request_arrays(retriever.signatures[name], retriever.features, [request])
-    inputs |= {name: array.tolist() for name, array in arrays.items()}
+        read = retriever.inputs.read([{"features": features or None, "request": request}])
+        names = retriever.signatures[name].keys() & read.keys() - inputs.keys()
+        inputs |= {name: read[name].tolist() for name in names}
     if query.filter:
         inputs["allowed"] = [query.filter]
         name += FILTERED

@@ -12,6 +12,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tfrs_pipeline.durable import Damaged, flush, locked, naming, read_record
 from tfrs_pipeline.messages import beside
@@ -25,21 +26,15 @@ QUERIES_FILE = Path("assets.extra") / "queries.parquet"
 FILTER_COLUMN = "filter"
 # A ScaNN index as ScaNN saves it, and the same model with ScaNN's TensorFlow operation.
 INDEX_FOLDER, SCANN_FOLDER = Path("index"), Path("scann") / "1"
+# What a service without TensorFlow reads: towers, vectors and users, which are mapped.
+SERVICE_FOLDER, VECTORS = Path("service"), "vectors"
+SAVED_MODEL_FILE = "saved_model.pb"
+# The signatures of the SavedModel, as TensorFlow Serving's metadata have them.
+SIGNATURES_FILE = SERVICE_FOLDER / "signatures.json"
+# Files and folders of the SavedModels, which nothing else here reads.
+SAVED_MODEL_PARTS = SAVED_MODEL_FILE, "fingerprint.pb", "variables", "assets", "scann"
 # The layout of a version. A version of another format is refused, with this number in the error.
-FORMAT = 2
-# Signatures that retrieve, and those that embed their queries; saved_models/README.md lists the
-# inputs. `similar` embeds by itself: the index has the vectors of its items.
-SIMILAR = "similar"
-RETRIEVALS = {
-    "retrieve_user": "embed_user",
-    "retrieve": "embed_query",
-    "retrieve_with_features": "embed_query_with_features",
-    SIMILAR: SIMILAR,
-}
-# The server also answers these names with a filter, for models that have one.
-FILTERED = "_filtered"
-# `retrieve_user` for a user id alone, with this k.
-DEFAULT_SIGNATURE, DEFAULT_K = "serving_default", 100
+FORMAT = 3
 _PARTIAL, _DISCARDED, _LOCK = ".partial-", ".discarded-", ".lock"
 
 
@@ -79,6 +74,25 @@ def version_at(path: str | Path) -> Path:
     if not versions:
         raise no_model_at(Path(path))
     return folder / str(versions[-1])
+
+
+def keep_parts(before: Path, files: Path) -> None:
+    """Fills a new version's folder with what does not depend on its items, of the one before."""
+    for source in (before / SERVICE_FOLDER).rglob("*"):
+        name = source.relative_to(before / SERVICE_FOLDER)
+        if source.is_file() and name.name != f"{VECTORS}.npy":
+            (files / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, files / name)  # Versions share the file: none ever changes one.
+            except OSError:  # A disk without links.
+                shutil.copyfile(source, files / name)
+
+
+def read_table(path: Path) -> Any:
+    """Reads a Parquet file of a version; PyArrow's own function imports what folders need."""
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path).read()
 
 
 @contextlib.contextmanager

@@ -13,14 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import tensorflow as tf
 
 from tfrs_pipeline.data.schema import DataError, Source, require_all
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.durable import file_hash, hold_to, locked, replacing
-from tfrs_pipeline.export.encoder import QUERIES_PER_CALL
 from tfrs_pipeline.libraries import require
 from tfrs_pipeline.messages import SILENT, Progress, check_integer
+from tfrs_pipeline.search.queries import QUERIES_PER_CALL
 from tfrs_pipeline.service.publish import MANIFEST_FILE
 from tfrs_pipeline.service.vectors import destination_problem
 
@@ -147,21 +146,27 @@ def known_users(model: "LoadedRetriever") -> pa.Array:
             "This model was exported without user data and knows no users: give `users`, with "
             "their histories."
         )
-    type_ = _id_type(model.user_dtype)
-    trained = pa.array(model.encoder.user_ids()).cast(type_)
-    recorded = [] if model.activity is None else model.activity.journal.user_ids()
+    are_text = model.stored.users.are_text
+    type_, _ = _id_types(model)
+    trained = pa.array(model.stored.users.values(), type_)
+    recorded = [] if model.users.journal is None else model.users.journal.user_ids()
     # An earlier model of this name may have had ids of the other type.
-    are_text = model.user_dtype == tf.string
     active = pa.array([id_ for id_ in recorded if isinstance(id_, str) == are_text], type_)
     return pa.concat_arrays([trained, active.filter(pc.invert(pc.is_in(active, trained)))])
 
 
-def _id_type(dtype: tf.DType) -> pa.DataType:
-    return pa.string() if dtype == tf.string else pa.int64()
+def _id_types(model: "LoadedRetriever") -> tuple[pa.DataType, pa.DataType]:
+    """Returns the types of the users' ids and of the items'."""
+    user_id, item_id = (
+        pa.string() if ids.are_text else pa.int64()
+        for ids in (model.stored.users, model.stored.items)
+    )
+    return user_id, item_id
 
 
 def _schema(model: "LoadedRetriever") -> pa.Schema:
-    ids = {"user_id": _id_type(model.user_dtype), "item_id": _id_type(model.item_dtype)}
+    user_id, item_id = _id_types(model)
+    ids = {"user_id": user_id, "item_id": item_id}
     return pa.schema({**ids, "rank": pa.int32(), "score": pa.float32()})
 
 
@@ -182,7 +187,8 @@ def _read(model: "LoadedRetriever", users: Any) -> pa.Table:
     table = raw.table.order_by("_row").select(names).to_pyarrow()
     if raw.dropped:
         raise DataError(f"{scanned.name}: {raw.dropped[0].reason}. Mend the line.")
-    types = {"user_id": _id_type(model.user_dtype), "history": pa.list_(_id_type(model.item_dtype))}
+    user_id, item_id = _id_types(model)
+    types = {"user_id": user_id, "history": pa.list_(item_id)}
     for position, name in enumerate(names):
         column = table[name].combine_chunks()
         try:
@@ -220,7 +226,7 @@ def _answer(model: "LoadedRetriever", users: pa.Table, k: int, allowed: list[str
     # One call for the users with a history of their own, and one for the others.
     has_history = np.array([bool(history) for history in histories])
     shape = len(ids), min(k, model.num_candidates)
-    items = np.zeros(shape, object if model.item_dtype == tf.string else np.int64)
+    items = np.zeros(shape, object if model.stored.items.are_text else np.int64)
     scores = np.zeros(shape, np.float32)
     for by_history in np.unique(has_history):
         lines = np.flatnonzero(has_history == by_history)

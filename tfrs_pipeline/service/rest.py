@@ -12,7 +12,6 @@ from typing import Annotated, Any, NamedTuple, NotRequired
 
 import numpy as np
 import pydantic
-import tensorflow as tf
 from pydantic import BeforeValidator, FailFast, Field, TypeAdapter, WrapValidator
 from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
@@ -20,14 +19,19 @@ from typing_extensions import TypedDict
 
 from tfrs_pipeline.durable import Damaged
 from tfrs_pipeline.features.encoding import TIMESTAMP
-from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.feature import Feature, Spec
 from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.features.raw import MAX_SECONDS
 from tfrs_pipeline.messages import counted
-from tfrs_pipeline.model.tf_tables import completed, missing_value
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
-from tfrs_pipeline.service.publish import DEFAULT_K, DEFAULT_SIGNATURE
 from tfrs_pipeline.service.settings import Lately, ServeSettings
+from tfrs_pipeline.service.signatures import (
+    DEFAULT_K,
+    DEFAULT_SIGNATURE,
+    completed,
+    missing_value,
+    numpy_type,
+)
 
 KEYS = ("signature_name", "instances", "inputs", "exclude_served")
 _LATELY = TypeAdapter(Lately)
@@ -44,7 +48,7 @@ class SignatureInputs:
 
     def __init__(
         self,
-        specs: Mapping[str, tf.TensorSpec],
+        specs: Mapping[str, Spec],
         limits: ServeSettings,
         features: Mapping[str, Feature],
         optional: Collection[str],
@@ -57,7 +61,7 @@ class SignatureInputs:
         self.max_results = limits.max_results
         types = {name: self._value_type(name, spec, limits) for name, spec in specs.items()}
         columns = {
-            name: _list_type(types[name], limits.max_queries) if spec.shape.rank else types[name]
+            name: _list_type(types[name], limits.max_queries) if spec.shape else types[name]
             for name, spec in specs.items()
         }
         self._columns: TypeAdapter[Any] = TypeAdapter(_object_type(columns, optional))
@@ -83,11 +87,10 @@ class SignatureInputs:
 
     def completed(self, arrays: Mapping[str, Any], num_queries: int) -> dict[str, np.ndarray]:
         """Adds missing values for the inputs that a request leaves out."""
-        inputs = completed(self._specs, arrays, num_queries)
-        return {name: np.asarray(values) for name, values in inputs.items()}
+        return completed(self._specs, arrays, num_queries)
 
     def _columns_from_rows(self, instances: Any) -> dict[str, Any]:
-        if scalars := [name for name, spec in self._specs.items() if not spec.shape.rank]:
+        if scalars := [name for name, spec in self._specs.items() if not spec.shape]:
             raise bad_request(
                 f"Input {scalars[0]!r} is one value for the whole request, so it cannot be in a "
                 "row: use 'inputs' instead of 'instances'."
@@ -107,13 +110,14 @@ class SignatureInputs:
             raise bad_request(f"Unknown input {_shown(min(unknown))}; the signature has {names}.")
         return value
 
-    def _value_type(self, name: str, spec: tf.TensorSpec, limits: ServeSettings) -> Any:
+    def _value_type(self, name: str, spec: Spec, limits: ServeSettings) -> Any:
         """Returns the type of an input's value for a query, or for the whole request."""
         value: Any
-        if spec.dtype == tf.string:
-            value = Annotated[bytes, BeforeValidator(_text)]
-        elif spec.dtype.is_integer:
-            low, high = (1, limits.max_k) if name == "k" else (spec.dtype.min, spec.dtype.max)
+        if spec.dtype == "string":
+            value = Annotated[str, BeforeValidator(_text)]
+        elif spec.dtype.startswith("int"):
+            range_ = np.iinfo(spec.dtype)
+            low, high = (1, limits.max_k) if name == "k" else (range_.min, range_.max)
             value = Annotated[int, Field(strict=True, ge=low, le=high)]
         else:
             value = Annotated[float, Field(strict=True)]
@@ -121,7 +125,7 @@ class SignatureInputs:
             value = Annotated[value, BeforeValidator(_seconds)]
         if name in self._nullable:
             value = Annotated[value, _OR_NULL]
-        if spec.shape.rank < 2:
+        if len(spec.shape) < 2:
             return value
         lengths = {
             "exclude": limits.max_exclude,
@@ -135,26 +139,26 @@ class SignatureInputs:
 
     def _array(self, name: str, column: Any) -> np.ndarray:
         shape, dtype = self._specs[name].shape, self._specs[name].dtype
-        missing = missing_value(dtype)
+        missing, type_ = missing_value(dtype), numpy_type(dtype)
 
         def known(values: list[Any]) -> list[Any]:
             return [missing if value is None else value for value in values]
 
-        if shape.rank < 2:
-            array = np.array(known(column) if shape.rank else column, dtype.as_numpy_dtype)
+        if len(shape) < 2:
+            array = np.array(known(column) if shape else column, type_)
         else:
             widths = {len(row) for row in column if row is not None}
             if len(widths) > 1:
-                empty = '""' if dtype == tf.string else "-1" if dtype.is_integer else "null"
+                empty = {"string": '""', "int64": "-1"}.get(dtype, "null")
                 raise bad_request(
                     f"Input {name!r} must have lists of one length: fill the shorter ones with "
                     f"{empty}. Received lengths: {sorted(widths)[:5]}"
                 )
             width = widths.pop() if widths else shape[1] or 0
             rows = [[missing] * width if row is None else known(row) for row in column]
-            array = np.array(rows, dtype.as_numpy_dtype).reshape(len(column), width)
-        if dtype.is_floating and np.isinf(array).any():
-            raise bad_request(f"Input {name!r} takes finite {dtype.name} values, or null.")
+            array = np.array(rows, type_).reshape(len(column), width)
+        if dtype.startswith("float") and np.isinf(array).any():
+            raise bad_request(f"Input {name!r} takes finite {dtype} values, or null.")
         if name in self._times and (array > MAX_SECONDS).any():
             raise bad_request(
                 f"Input {name!r} takes seconds since 1970; divide milliseconds by 1,000. Received: "
@@ -164,7 +168,7 @@ class SignatureInputs:
 
 
 class PredictCall(NamedTuple):
-    """A signature's name and the array of each input: numbers, or `bytes` objects.
+    """A signature's name and the array of each input: numbers, or `str` objects.
 
     Holds a call of the default signature as one of `retrieve_user`.
 
@@ -260,7 +264,7 @@ def read_json(body: bytes) -> Any:
 
 
 def format_outputs(outputs: Mapping[str, np.ndarray], is_row_format: bool) -> bytes:
-    """Writes an answer as JSON: arrays [num_queries, ...] of numbers, bools or `bytes`."""
+    """Writes an answer as JSON: arrays [num_queries, ...] of numbers, bools or `str`."""
     columns = {name: array.tolist() for name, array in outputs.items()}
     # A single output stands without its name.
     answer: Any = columns if len(columns) > 1 else next(iter(columns.values()))
@@ -312,12 +316,13 @@ def _object_type(types: dict[str, Any], optional: Collection[str]) -> Any:
     return TypedDict("Inputs", fields)  # type: ignore[operator]
 
 
-def _text(value: Any) -> bytes:
-    """Reads a string as TensorFlow Serving does: plain, or {"b64": its bytes}."""
+def _text(value: Any) -> str:
+    """Reads a string as TensorFlow Serving does: plain, or {"b64": its bytes in UTF-8}."""
     if isinstance(value, str):
-        return value.encode()
+        value.encode()  # A lone surrogate is no text: a `ValueError`.
+        return value
     if isinstance(value, dict) and list(value) == ["b64"] and isinstance(value["b64"], str):
-        return base64.b64decode(value["b64"], validate=True)
+        return base64.b64decode(value["b64"], validate=True).decode()
     raise ValueError('takes a string, or {"b64": "..."}')
 
 
@@ -331,7 +336,8 @@ def _check_times(arrays: Mapping[str, np.ndarray]) -> None:
     if not {"history", HISTORY_TIMESTAMPS} <= arrays.keys():
         return
     history, times = arrays["history"], arrays[HISTORY_TIMESTAMPS]
-    is_item, is_time = history != missing_value(tf.as_dtype(history.dtype)), ~np.isnan(times)
+    empty = -1 if history.dtype.kind == "i" else ""
+    is_item, is_time = history != empty, ~np.isnan(times)
     width = times.shape[1]
     is_alone = is_time & ~np.pad(is_item, [[0, 0], [0, width]])[:, :width]
     if is_alone.any():

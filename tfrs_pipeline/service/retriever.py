@@ -2,41 +2,41 @@
 
 import itertools
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-import tensorflow as tf
 
 from tfrs_pipeline import retrieval
 from tfrs_pipeline.durable import Damaged, read_record
-from tfrs_pipeline.export.encoder import (
-    SavedEncoder,
-    feature_arrays,
-    features_of,
-    join_lines,
-    query_arrays,
-)
 from tfrs_pipeline.features.encoding import raw_columns
 from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.messages import suggest
-from tfrs_pipeline.model.tf_tables import as_ids, id_lists_of, signature_inputs
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, history_of
-from tfrs_pipeline.search.candidates import Candidates, FilterValues
-from tfrs_pipeline.search.exclusions import left_out_by_history, rule_of_version
+from tfrs_pipeline.search.candidates import Allowed, Candidates, FilterValues
+from tfrs_pipeline.search.queries import (
+    CANDIDATE_FEATURES,
+    REQUEST_FEATURES,
+    Arrays,
+)
 from tfrs_pipeline.search.searcher import Searcher
 from tfrs_pipeline.search.settings import Level, has_scann
 from tfrs_pipeline.service import publish
+from tfrs_pipeline.service.engine import Engine
 from tfrs_pipeline.service.live_items import Item, LiveItems, Store
+from tfrs_pipeline.service.parts import Parts
+from tfrs_pipeline.service.signatures import (
+    FILTERED,
+    signatures_of,
+)
+from tfrs_pipeline.service.stored import read_array
 from tfrs_pipeline.service.user_events import Event, Journal, check_events
-from tfrs_pipeline.service.user_histories import Activity
+from tfrs_pipeline.service.users import Users
 
 logger = logging.getLogger(__name__)
 
-Allowed: TypeAlias = Sequence[Collection[str]] | None
-"""For each query, values of the item filter: items need one of them. An empty list allows all."""
+ITEMS_PER_CALL = 8192
 
 
 def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "LoadedRetriever":
@@ -64,21 +64,21 @@ def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "Loaded
 class LoadedRetriever:
     """A `Retriever` on an exported model; see `load`.
 
-    TensorFlow embeds queries and items. ScaNN's own searcher, or NumPy, finds the candidates.
+    A query has one path, whoever asks: raw arrays, the inputs of the query tower, its vector, and
+    the search over `candidates`. None of it needs TensorFlow.
 
     Attributes:
-        activity: What users did since the training; None without user data or live writes.
         candidates: The items to retrieve, and their search.
-        encoder: Embeds users, queries and items, parses ids, and has what the version holds of the
-            users and items of its training.
         features: The fitted features that the model reads, by side: "query" (the user's), "request"
             or "candidate".
+        engine: Answers raw arrays: the path that all queries take.
         folder: The version's folder.
+        inputs: What the query tower reads, and how raw queries become that.
         item_filter: "name" and "values" of the column that requests may filter by, or None.
         manifest: The content of the version's `manifest.json`.
-        saved_model: What `tf.saved_model.load` returned. It searches exactly, without a filter.
-        signatures: The inputs of all signatures that `answer` takes, by name.
-        user_dtype, item_dtype: The types of the ids, int64 or string.
+        signatures: The inputs of all signatures that the engine answers, by name.
+        stored: What the version holds of the users and items of its training.
+        users: The users until now, with the events since the training.
     """
 
     def __init__(self, folder: Path, *, exact: bool, live: bool) -> None:
@@ -86,31 +86,18 @@ class LoadedRetriever:
         # The live items of a model lie beside its versions, so a copied version has none.
         is_live = live and folder.name.isdecimal()
         if is_live:
-            # A damaged file is refused before the graph is loaded: TensorFlow keeps the graph's
-            # tables, and a server, which tries again and again, would fill its memory with them.
-            Store(folder.parent).check()
-        self.saved_model: Any = tf.saved_model.load(str(folder))
-        functions = self.saved_model.signatures
-        self.signatures = {
-            name: signature_inputs(functions[name])
-            for name in functions
-            if name != publish.DEFAULT_SIGNATURE  # The server answers it as `retrieve_user`.
-        }
-        self.encoder = SavedEncoder(self.saved_model.encoder)
-        self.user_dtype, self.item_dtype = self.encoder.user_dtype, self.encoder.item_dtype
-        self.features = features_of(self.manifest)
+            Store(folder.parent).check()  # A damaged file is refused before the rest is loaded.
+        has_users = self.manifest["user_data"]
+        parts = Parts.read(folder / publish.SERVICE_FOLDER, self.manifest)
+        self.stored, self.inputs = parts.stored, parts.inputs
+        self.features = self.inputs.features
         self.item_filter: dict[str, Any] | None = self.manifest["filter"]
-        if self.item_filter is not None:
-            # The SavedModel has no filter, so only this class answers these signatures.
-            allowed = {"allowed": tf.TensorSpec([None, None], tf.string, "allowed")}
-            self.signatures |= {
-                f"{name}{publish.FILTERED}": self.signatures[name] | allowed
-                for name in publish.RETRIEVALS
-                if name in self.signatures
-            }
-        has_bonus = "bonuses" in functions["embed_query"].structured_outputs
-        self._rule = rule_of_version(self.manifest, has_bonus=has_bonus)
-        self._has_bias: bool = self.manifest.get("has_item_bias", False)
+        signatures = signatures_of(self.inputs, has_filter=self.item_filter is not None)
+        self.signatures = {
+            name: inputs
+            for name, inputs in signatures.items()
+            if has_users or name.removesuffix(FILTERED) not in ("embed_user", "retrieve_user")
+        }
         index = self.manifest["index"]
         if index["kind"] == "scann" and not exact and not has_scann():
             logger.warning("ScaNN is not installed here: %s is searched exactly", folder)
@@ -118,13 +105,14 @@ class LoadedRetriever:
         if exact:
             index = {}
         self.candidates = self._candidates(index.get("levels", ()))
+        events = folder.parent if is_live and has_users else None
+        self.users = Users(self.stored, self.manifest["exclude"], self.manifest, events)
+        self.engine = Engine(parts, self.users, self.candidates, self.manifest)
         self._live: LiveItems | None = None
-        self.activity: Activity | None = None
         if is_live:
             model, num_leaves = folder.parent, index.get("num_leaves", 0)
-            self._live = LiveItems(model, self.manifest, self.candidates, self.encoder, num_leaves)
-            if self.manifest["user_data"]:
-                self.activity = Activity(model, self.encoder, self.manifest, self._rule)
+            embed = self.engine.embed_items
+            self._live = LiveItems(model, self.manifest, self.candidates, embed, num_leaves)
 
     @property
     def excludes_known(self) -> bool:
@@ -133,20 +121,19 @@ class LoadedRetriever:
         They do as the rankings of the test did: not after `evaluation.exclude none`, nor with a
         repeat bonus.
         """
-        return self._rule != "none"
+        return bool(self.manifest["exclude"] != "none")
 
     def _candidates(self, levels: Sequence[Mapping[str, int]]) -> Candidates:
         """Reads the candidates, and the index too, unless `levels` is empty."""
-        items = pq.read_table(self.folder / publish.ITEMS_FILE)
-        # A view, because a copy would double the memory.
-        vectors = np.asarray(memoryview(self.saved_model.index.embeddings.read_value()))
+        items = publish.read_table(self.folder / publish.ITEMS_FILE)
+        vectors = read_array(self.folder / publish.SERVICE_FOLDER, publish.VECTORS)
         searcher = Searcher.load(self.folder / publish.INDEX_FOLDER) if levels else None
         values, codes = None, None
         if self.item_filter is not None:
             values = FilterValues()
             codes = values.encode(items[publish.FILTER_COLUMN])
         widths = [Level(**level) for level in levels]
-        ids = items["item_id"].to_numpy()
+        ids = items["item_id"].to_pylist()
         return Candidates(ids, vectors, searcher, widths, values, codes)
 
     def retrieve(
@@ -175,7 +162,7 @@ class LoadedRetriever:
                 without an item filter, or holds a value that no item has.
         """
         self._check_request(queries, k, exclude, allowed)
-        answer = self._search(self._embed_queries(queries), k, exclude, allowed)
+        answer = self.engine.search(self._embed_queries(queries), k, exclude, allowed)
         return answer["candidate_ids"], answer["scores"]
 
     def retrieve_user(
@@ -209,8 +196,8 @@ class LoadedRetriever:
             pairs = zip(queries, requests, strict=True)
             queries = [{**query, "request": request} for query, request in pairs]
         self._check_request(queries, k, exclude, allowed)
-        embedded = self._embed("embed_user", self._arrays("embed_user", queries))
-        answer = self._search(embedded, k, exclude, allowed)
+        embedded = self.engine.embed("embed_user", self._read(queries))
+        answer = self.engine.search(embedded, k, exclude, allowed)
         return answer["candidate_ids"], answer["scores"], answer["is_known_user"]
 
     def similar(
@@ -226,14 +213,15 @@ class LoadedRetriever:
         an item is not a candidate.
         """
         retrieval.check_collection("item_ids", item_ids)
-        retrieval.check_ids([item_ids], are_text=self.encoder.items_are_text)
+        retrieval.check_ids([item_ids], are_text=self.stored.items.are_text)
         self._check_request([{}] * len(item_ids), k, exclude, allowed)
-        answer = self._search(self._item_queries(item_ids), k, exclude, allowed)
+        embedded = self.engine.item_queries(item_ids)
+        answer = self.engine.search(embedded, k, exclude, allowed)
         return answer["candidate_ids"], answer["scores"]
 
     def embed_queries(self, queries: Sequence[Query]) -> np.ndarray:
         """Embeds queries, which are read and checked as in `retrieve`: [n, D] float32."""
-        retrieval.check_queries(queries, ids_are_text=self.encoder.items_are_text)
+        retrieval.check_queries(queries, ids_are_text=self.stored.items.are_text)
         return self._embed_queries(queries)["embeddings"]
 
     def embed_candidates(
@@ -245,12 +233,12 @@ class LoadedRetriever:
         in the item table; None is missing. Returns embeddings [n, D] float32, and is_known_item [n]
         bool: whether the training had the item. Raises a `ValueError` if a feature is missing.
         """
-        read = self.features["candidate"]
-        return self.encoder.embed_items(item_ids, read, raw_columns(read, features, len(item_ids)))
+        read = self.features[CANDIDATE_FEATURES]
+        return self.engine.embed_items(item_ids, raw_columns(read, features, len(item_ids)))
 
     def knows(self, item_ids: Sequence[Any]) -> np.ndarray:
         """Returns which items the training had, [n] bool; histories ignore all others."""
-        return self.encoder.has_items(item_ids)
+        return self.stored.has_items(item_ids)
 
     def record(self, events: Sequence[Mapping[str, Any]]) -> int:
         """Records what users did; it counts from the next query by user on.
@@ -282,80 +270,30 @@ class LoadedRetriever:
         What a version holds of the user stays. Raises as `record`, and a `ValueError` if the id is
         of another type than the model's, because nothing would be deleted.
         """
-        retrieval.check_ids([[user_id]], are_text=self.encoder.users_are_text)
+        retrieval.check_ids([[user_id]], are_text=self.stored.users.are_text)
         return Journal(self.live.folder).forget([user_id])[0]
 
     def checked_events(self, events: Sequence[Mapping[str, Any]]) -> list[Event]:
         """Reads events as `record` does, or raises its `ValueError`."""
         return check_events(
             events,
-            users_are_text=self.encoder.users_are_text,
-            items_are_text=self.encoder.items_are_text,
+            users_are_text=self.stored.users.are_text,
+            items_are_text=self.stored.items.are_text,
         )
 
-    def stored_history(self, user_id: Any) -> list[Any]:
-        """Returns the history of a user until now, most recent first; [] for an unknown user."""
-        if self.activity is not None and (now := self.activity.until_now([user_id])):
-            return now[0].history[::-1]
-        (row,) = self.encoder.user_rows([user_id])
-        return [item_id for item_id, _ in self.encoder.history(row)][::-1]
-
-    def disliked_items(self, user_ids: Sequence[Any]) -> list[list[Any]]:
-        """Returns what each user disliked until now, in the training's log and in service."""
-        return [disliked for _, disliked in self._known_and_disliked(user_ids)]
-
-    def _known_and_disliked(self, user_ids: Sequence[Any]) -> list[tuple[list[Any], list[Any]]]:
-        recent = {} if self.activity is None else self.activity.until_now(user_ids)
-        return [
-            (recent[line].known, recent[line].disliked)
-            if line in recent
-            else (self.encoder.known(row), self.encoder.disliked(row))
-            for line, row in enumerate(self.encoder.user_rows(user_ids))
-        ]
-
     def left_out(self, queries: Sequence[Query]) -> list[list[Any]]:
-        """Returns what answers by history have to `exclude`, as answers by user id do themselves.
-
-        For each query, this is what its user disliked and, if `excludes_known`, its history; if the
-        model was trained with `evaluation.exclude` "seen", also what its user has seen. A user whom
-        the training did not have may have seen or disliked items in service.
-        """
-        users = self._known_and_disliked([query.get("user_id") for query in queries])
-        return [
-            left_out_by_history(self._rule, history_of(query), *known_and_disliked)
-            for query, known_and_disliked in zip(queries, users, strict=True)
-        ]
+        """Returns what answers by history have to `exclude`; see `Users.left_out_by_history`."""
+        user_ids = [query.get("user_id") for query in queries]
+        return self.users.left_out_by_history(user_ids, [history_of(query) for query in queries])
 
     def _embed_queries(self, queries: Sequence[Query]) -> dict[str, Any]:
-        """Embeds queries by their history, those with features by a signature of their own."""
-        has_features = np.array([query.get("features") is not None for query in queries], bool)
-        parts = []
-        # Each signature is called once, because a call costs more than a query in it. An empty
-        # batch still needs a call: its answer has the shapes and the names.
-        for with_features in np.unique(has_features) if len(queries) else [False]:
-            lines = np.flatnonzero(has_features == with_features).tolist()
-            some = [queries[line] for line in lines]
-            name = "embed_query_with_features" if with_features else "embed_query"
-            arrays = self._arrays(name, some)
-            if with_features:
-                arrays |= feature_arrays(self.features["query"], some)
-            parts.append((lines, self._embed(name, arrays)))
-        return join_lines(parts)
+        return self.engine.embed("embed_query", self._read(queries))
 
-    def _arrays(self, name: str, queries: Sequence[Query]) -> dict[str, np.ndarray]:
-        """Makes the inputs of a signature, but for the features of users."""
+    def _read(self, queries: Sequence[Query]) -> Arrays:
         requests = [query.get("request") for query in queries]
-        known = [feature.name for feature in self.features["request"]]
+        known = [feature.name for feature in self.features[REQUEST_FEATURES]]
         retrieval.check_requests(requests, known, may_have_others=True)
-        return query_arrays(self.signatures[name], self.features, queries)
-
-    def _embed(self, name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Embeds by the inputs of a signature: users by what they did until now."""
-        if name == "embed_user" and self.activity is not None:
-            return self.activity.embed(arrays)
-        if name == publish.SIMILAR:
-            return self._item_queries(as_ids(arrays["item_id"].tolist()))
-        return self.encoder.embed(name, arrays)
+        return self.inputs.read(queries)
 
     def upsert(self, items: Sequence[Item]) -> int:
         """Adds items, or replaces those with the same ids, for all later queries.
@@ -419,11 +357,11 @@ class LoadedRetriever:
 
     def held_out_queries(self) -> list[Query]:
         """Reads the queries stored with the export, 1,000 at most."""
-        return pq.read_table(self.folder / publish.QUERIES_FILE).to_pylist()
+        return publish.read_table(self.folder / publish.QUERIES_FILE).to_pylist()
 
     def titles(self) -> dict[Any, str]:
         """Reads the titles of items by id, live ones included; empty if they have none."""
-        items = pq.read_table(self.folder / publish.ITEMS_FILE)
+        items = publish.read_table(self.folder / publish.ITEMS_FILE)
         titles = {}
         if "title" in items.column_names:
             columns = (items[name].to_pylist() for name in ("item_id", "title"))
@@ -432,56 +370,10 @@ class LoadedRetriever:
         live = {} if self._live is None else dict(self._live.titles)
         return titles | {id_: title for id_, title in live.items() if title is not None}
 
-    def answer(
-        self, signature: str, inputs: Mapping[str, np.ndarray], *, exact: bool = False
-    ) -> dict[str, np.ndarray]:
-        """Answers one of `signatures` as the SavedModel does, with live items and filters too.
-
-        With `exact`, every candidate is scored. Raises an `UnknownItem` for `similar`.
-        """
-        # TensorFlow only embeds: the SavedModel's own search knows neither filters nor live items.
-        embed_name = publish.RETRIEVALS.get(signature.removesuffix(publish.FILTERED))
-        if embed_name is None:
-            return self.encoder.call(signature, inputs)
-        query = {name: x for name, x in inputs.items() if name not in ("exclude", "allowed", "k")}
-        exclude = id_lists_of(inputs["exclude"])
-        allowed = id_lists_of(inputs["allowed"]) if "allowed" in inputs else None
-        embedded = self._embed(embed_name, query)
-        return self._search(embedded, int(inputs["k"]), exclude, allowed, exact=exact)
-
-    def _item_queries(self, item_ids: Sequence[Any]) -> dict[str, Any]:
-        """Makes queries of items, which exclude the item itself."""
-        vectors = self.candidates.vectors_of(item_ids)  # A copy.
-        if self._has_bias:
-            vectors[:, -1] = 1  # As in a query: the item's own bias does not count.
-        return {"embeddings": vectors, "known_items": [[id_] for id_ in item_ids]}
-
-    def _search(
-        self,
-        embedded: dict[str, Any],
-        k: int,
-        exclude: Excluded,
-        allowed: Allowed,
-        *,
-        exact: bool = False,
-    ) -> dict[str, np.ndarray]:
-        """Answers embedded queries: ids, scores, and what the encoder knew of each query."""
-        vectors, repeated = embedded.pop("embeddings"), embedded.pop("repeated_items", None)
-        if (lists := embedded.pop("known_items", None)) is not None:
-            more = [()] * len(lists) if exclude is None else exclude
-            exclude = [[*known_ids, *ids] for known_ids, ids in zip(lists, more, strict=True)]
-        bonuses = None
-        if repeated is not None:
-            bonuses = zip(repeated, embedded.pop("bonuses"), strict=True)
-        ids, scores = self.candidates.search(
-            vectors, k, exclude, allowed, exact=exact, bonuses=bonuses
-        )
-        return {"candidate_ids": ids, "scores": scores, **embedded}
-
     def _check_request(
         self, queries: Sequence[Query], k: int, exclude: Excluded, allowed: Allowed
     ) -> None:
-        retrieval.check_asked(queries, k, exclude, ids_are_text=self.encoder.items_are_text)
+        retrieval.check_asked(queries, k, exclude, ids_are_text=self.stored.items.are_text)
         if allowed is None:
             return
         if self.item_filter is None:
@@ -500,7 +392,7 @@ class LoadedRetriever:
 def _manifest(folder: Path) -> dict[str, Any]:
     """Reads a version's manifest, and refuses a version that is damaged or of another format."""
     try:
-        manifest = read_record(folder / publish.MANIFEST_FILE)
+        manifest = read_record(folder / publish.MANIFEST_FILE, leave_out=publish.SAVED_MODEL_PARTS)
     except Damaged as error:
         raise Damaged(
             f"{error} A version's towers and index belong together: copy it whole, or export it "

@@ -33,7 +33,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from tfrs_pipeline.durable import try_writing
-from tfrs_pipeline.model.tf_tables import as_ids, id_rows
+from tfrs_pipeline.search.queries import padded_ids
 from tfrs_pipeline.service import page, rest
 from tfrs_pipeline.service.connections import Connection, CountRequests
 from tfrs_pipeline.service.counters import LIVE_UNKNOWN_VALUES, UNRECORDED, count_answers
@@ -141,13 +141,12 @@ class ModelServer:
                 "exclude_served: this server does not record all its answers. Start it with "
                 "--record-share 1."
             )
-        users = as_ids(call.inputs["user_id"].tolist())
+        users = call.inputs["user_id"].tolist()
         lists = await _run(self.threads, self.recorder.served_lately, users, lately)
-        encoder = version.retriever.encoder
         # An earlier model of this name may have had ids of the other type.
-        are_text = encoder.items_are_text
+        are_text = version.retriever.stored.items.are_text
         lists = [[id_ for id_ in ids if isinstance(id_, str) == are_text] for ids in lists]
-        served = id_rows(lists, encoder.item_dtype)
+        served = padded_ids(lists, are_text)
         exclude = np.concatenate([call.inputs["exclude"], served], axis=1)
         return call._replace(inputs=call.inputs | {"exclude": exclude})
 
@@ -257,8 +256,7 @@ def _model_routes(server: ModelServer) -> list[Route]:
     async def user(request: Request) -> Response:
         server.authorize(request.headers.get("authorization", ""))
         with versions.use() as version, rest.refusing():
-            encoder = version.retriever.encoder
-            user_id = encoder.parse_id(request.path_params["user_id"], "user")
+            user_id = version.retriever.stored.parse_id(request.path_params["user_id"], "user")
         # A deletion that fails may leave copies of deleted rows in the file.
         with confirming("deletion", "so delete the user again"):
             num_deleted = await asyncio.wrap_future(server.recorder.forget(user_id))

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import ctypes
 import gc
+import json
 import logging
 import os
 import threading
@@ -13,26 +14,22 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import tensorflow as tf
-from google.protobuf import json_format
 from prometheus_client import Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
-from tensorflow.core.protobuf import saved_model_pb2
 
-from tfrs_pipeline.model.tf_tables import completed
 from tfrs_pipeline.search.candidates import UnknownItem
 from tfrs_pipeline.service.connections import BUCKETS_SECONDS
 from tfrs_pipeline.service.database import Replaced
 from tfrs_pipeline.service.publish import (
-    DEFAULT_SIGNATURE,
-    FILTERED,
     MANIFEST_FILE,
+    SIGNATURES_FILE,
     no_model_at,
     versions_of,
 )
 from tfrs_pipeline.service.rest import SignatureInputs, bad_request
 from tfrs_pipeline.service.retriever import load
 from tfrs_pipeline.service.settings import ServeSettings
+from tfrs_pipeline.service.signatures import DEFAULT_SIGNATURE, FILTERED, completed
 
 logger = logging.getLogger(__name__)
 
@@ -72,17 +69,8 @@ class ServedVersion:
         self.titles: dict[Any, str | None] = {}
         if settings.page:
             self.titles = dict.fromkeys(self.retriever.candidate_ids()) | self.retriever.titles()
-        saved = saved_model_pb2.SavedModel()
-        saved.ParseFromString((folder / "saved_model.pb").read_bytes())
-        options = {
-            "preserving_proto_field_name": True,
-            "always_print_fields_with_no_presence": True,
-        }
-        self.signature_def: dict[str, Any] = {
-            name: json_format.MessageToDict(signature, **options)
-            for name, signature in saved.meta_graphs[0].signature_def.items()
-        }
-        for name in self.retriever.signatures.keys() - self.signature_def:
+        self.signature_def: dict[str, Any] = json.loads((folder / SIGNATURES_FILE).read_text())
+        for name in [name for name in self.retriever.signatures if name.endswith(FILTERED)]:
             # The server adds these, with a filter: lists of text beside lists of ids to exclude.
             definition = copy.deepcopy(self.signature_def[name.removesuffix(FILTERED)])
             exclude = definition["inputs"]["exclude"]
@@ -103,11 +91,11 @@ class ServedVersion:
             }
             optional = names["request"].values() if "request" in sides else ()
             self.signatures[signature] = SignatureInputs(inputs, settings, features, optional)
-        # The first call is slow, and would fail for a broken model.
+        # The first call makes what later ones reuse, and would fail for a broken model.
         for name, inputs in self.retriever.signatures.items():
             example = completed(inputs, {}, 1)
             with contextlib.suppress(HTTPException):  # `similar` refuses the missing item.
-                self.call(name, {name: np.asarray(value) for name, value in example.items()})
+                self.call(name, example)
 
     def call(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, exact: bool = False
@@ -119,27 +107,13 @@ class ServedVersion:
         CALL_QUERIES.observe(max(len(array) for array in inputs.values() if array.ndim))
         with CALL_SECONDS.time():
             try:
-                return self.retriever.answer(signature, inputs, exact=exact)
+                return self.retriever.engine.answer(signature, inputs, exact=exact)
             except UnknownItem as error:
                 raise bad_request(str(error)) from None
 
     def title_of(self, item_id: Any) -> str | None:
         """Returns the title of an item, as it was last written."""
         return self.retriever.live.titles.get(item_id) or self.titles.get(item_id)
-
-    def release(self) -> None:
-        """Frees the version's memory; it must not be called afterwards."""
-        # TensorFlow keeps hash tables by name, so they would outlive the model.
-        for handle in self.tables():
-            tf.raw_ops.DestroyResourceOp(resource=handle)
-
-    def tables(self) -> list[tf.Tensor]:
-        """Returns the resources of all hash tables."""
-        return [
-            part.resource_handle
-            for part in tf.train.TrackableView(self.retriever.saved_model).descendants()
-            if isinstance(part, tf.saved_model.experimental.TrackableResource)
-        ]
 
 
 class ModelVersions:
@@ -198,8 +172,7 @@ class ModelVersions:
                 self._identity = None
         # Released here and not by the last request, so that no request waits for it.
         if self._release_idle():
-            # TensorFlow's objects have reference cycles, which only the collector frees.
-            gc.collect()
+            gc.collect()  # What the version held may have reference cycles.
             # Each thread that loads has its own heap, which would keep the freed memory.
             with contextlib.suppress(AttributeError):  # Only glibc has it.
                 ctypes.CDLL(None).malloc_trim(0)
@@ -285,6 +258,5 @@ class ModelVersions:
             idle = [version for version in self._retired if not version.num_uses]
             self._retired = [version for version in self._retired if version.num_uses]
         for version in idle:
-            version.release()
             logger.info("%s: version %d unloaded", self.name, version.number)
         return bool(idle)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tfrs_pipeline.export.saved_model import difference, prove
+from tfrs_pipeline.exports.saved_model import difference, prove
 
 EXPECTED = {
     "candidate_ids": np.array([[5, 3, 8, -1]]),

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from tfrs_pipeline import Exportable
-from tfrs_pipeline.export.encoder import Encoder, SavedEncoder, known_rows
+from tfrs_pipeline.exports.encoder import Encoder, SavedEncoder, known_rows
 from tfrs_pipeline.samples.store import RowLists
 
 

@@ -1,30 +1,37 @@
-"""The exported module, an encoder and an index behind raw ids, and the proof that it works."""
+"""The SavedModel: an encoder and an index behind raw ids. Nothing else here reads it."""
 
+import errno
 import functools
+import json
+import os
 import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import tensorflow as tf
+from google.protobuf import json_format
+from tensorflow.core.protobuf import saved_model_pb2
 
-from tfrs_pipeline.export.encoder import EMBEDDINGS, Encoder, query_arrays
-from tfrs_pipeline.export.graph_index import (
+from tfrs_pipeline.exports.encoder import EMBEDDINGS, Encoder
+from tfrs_pipeline.exports.graph_index import (
     ExactIndex,
     ScannIndex,
     load_scann_ops,
     search_with_bonuses,
 )
-from tfrs_pipeline.features.encoding import raw_signature
-from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model import tf_tables
 from tfrs_pipeline.model.tf_tables import as_tensors, completed, signature_inputs
-from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.search.searcher import Searcher, in_fresh_process
-from tfrs_pipeline.service.publish import DEFAULT_K, DEFAULT_SIGNATURE, RETRIEVALS, SIMILAR
+from tfrs_pipeline.search.searcher import Searcher
+from tfrs_pipeline.search.settings import Level
+from tfrs_pipeline.service import publish
+from tfrs_pipeline.service.proof import ExportError, difference
+from tfrs_pipeline.service.signatures import DEFAULT_K, DEFAULT_SIGNATURE, RETRIEVALS, SIMILAR
+from tfrs_pipeline.service.stored import read_array
 
 
 class RetrievalModule(tf.Module):
@@ -131,66 +138,57 @@ def _embedded(embed: Callable[..., Any], /, **inputs: tf.Tensor) -> Any:
     return tf_tables.call(embed, inputs)
 
 
-# A reloaded model may run other kernels, so that scores differ in their last bits.
-SCORE_TOLERANCE = 1e-4
+def save_graphs(
+    folder: Path, encoder: Any, about: Mapping[str, Any], queries: np.ndarray | None = None
+) -> dict[str, RetrievalModule]:
+    """Writes the SavedModels of a version whose items and index are in its folder.
 
-_Arrays: TypeAlias = dict[str, np.ndarray]
-# The inputs and the outputs of each signature.
-_Expected: TypeAlias = dict[str, tuple[_Arrays, _Arrays]]
-
-
-class ExportError(RuntimeError):
-    """An export cannot be loaded, or its answers differ from those of the model in memory."""
-
-
-def prove(
-    modules: Mapping[Path, RetrievalModule],
-    queries: Sequence[Query],
-    item_ids: Sequence[Any],
-    features: Mapping[str, Sequence[Feature]],
-) -> None:
-    """Checks that a fresh process can load each folder and answers like its module in memory.
-
-    The probes are `queries` and `item_ids`. Each of `features` has a value that it knows, so that
-    lookups are checked too. Exact modules must come first: the process then shows that they load
-    without ScaNN's operation.
+    `encoder` is an `Encoder`, or that of a loaded SavedModel. `about` are the "index" and
+    "has_item_bias" of the manifest. With an index, [n, D] `queries` show that ScaNN's operation
+    scores as its searcher does. Returns the modules, by the folder of each below the version's.
     """
-    item_examples = _examples(features.get("candidate", ()), len(item_ids))
-    query_examples = _examples(
-        [*features.get("query", ()), *features.get("request", ())], len(queries)
-    )
-    probes: list[tuple[str, bool, _Expected]] = []
-    for folder, module in modules.items():
-        expected: _Expected = {}
-        for name, function in module.exported.items():
-            specs = signature_inputs(function)
-            if (item_id := specs.get("item_id")) is not None:
-                known = {**item_examples, "item_id": tf.constant(item_ids, item_id.dtype)}
-            else:
-                arrays = query_arrays(specs, features, queries)
-                known = {**as_tensors(specs, arrays), **query_examples}
-            num_rows = len(queries) if item_id is None else len(item_ids)
-            inputs = completed(specs, {**known, "k": tf.constant(10)}, num_rows)
-            expected[name] = _arrays(inputs), _arrays(tf_tables.call(function, inputs))
-        probes.append((str(folder), isinstance(module.index, ScannIndex), expected))
-    done = in_fresh_process(f"{__name__}:answer_probes", stdin=pickle.dumps(probes))
-    if done.returncode:
-        problems = done.stderr.decode(errors="replace").strip()[-2000:]
-        raise ExportError(f"A fresh process could not use the export: {problems}")
+    ids = pq.read_table(folder / publish.ITEMS_FILE, columns=["item_id"])["item_id"].to_numpy()
+    exact = ExactIndex(read_array(folder / publish.SERVICE_FOLDER, publish.VECTORS))
+    # Both SavedModels share the vectors in memory, but each folder holds them on its own.
+    modules = {"": RetrievalModule(encoder, exact, ids, about["has_item_bias"])}
+    if levels := about["index"].get("levels"):
+        scann = ScannIndex(exact, folder / publish.INDEX_FOLDER, [Level(**x) for x in levels])
+        if queries is not None:
+            check_operation(scann, Searcher.load(folder / publish.INDEX_FOLDER), queries)
+        module = RetrievalModule(encoder, scann, ids, about["has_item_bias"])
+        modules[str(publish.SCANN_FOLDER)] = module
+    allowed_ops = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
+    for name, module in modules.items():
+        try:
+            tf.saved_model.save(module, str(folder / name), module.exported, allowed_ops)
+        except tf.errors.OpError as error:
+            is_full = (text := os.strerror(errno.ENOSPC)) in error.message
+            # TensorFlow names a file of its own, which is gone by now.
+            number = errno.ENOSPC if is_full else errno.EIO
+            raise OSError(number, text if is_full else str(error)) from error
+    saved = saved_model_pb2.SavedModel()
+    saved.ParseFromString((folder / "saved_model.pb").read_bytes())
+    options = {"preserving_proto_field_name": True, "always_print_fields_with_no_presence": True}
+    signatures = {
+        name: json_format.MessageToDict(signature, **options)
+        for name, signature in saved.meta_graphs[0].signature_def.items()
+    }
+    path = folder / publish.SIGNATURES_FILE
+    path.unlink(missing_ok=True)  # A refresh has a link to the file of the version before.
+    path.write_text(json.dumps(signatures))
+    return modules
 
 
-def _examples(features: Sequence[Feature], num_rows: int) -> dict[str, tf.Tensor]:
-    """Makes inputs of a value that each feature knows, by the name of the input."""
-    inputs = {}
-    for feature, spec in zip(features, raw_signature(features).values(), strict=True):
-        value = (*feature.vocabulary, "1")[0] if spec.dtype == tf.string else 1.0
-        shape = [num_rows, *(size or 1 for size in spec.shape[1:])]
-        inputs[spec.name] = tf.fill(shape, tf.constant(value, spec.dtype))
-    return inputs
+def save_again(folder: str, before: str) -> None:
+    """Writes the SavedModels of a refreshed version, with the encoder of the version before.
 
-
-def _arrays(tensors: Mapping[str, tf.Tensor]) -> _Arrays:
-    return {name: tensor.numpy() for name, tensor in tensors.items()}
+    Runs in a process of its own, so that a refresh imports no TensorFlow. Reads what the manifest
+    says of the index, and inputs of probes, from standard input; writes the answers to these.
+    """
+    about, probes = pickle.load(sys.stdin.buffer)
+    modules = save_graphs(Path(folder), tf.saved_model.load(before).encoder, about)
+    answers = {part: answers_of(module, probes) for part, module in modules.items()}
+    sys.stdout.buffer.write(pickle.dumps(answers))
 
 
 def check_operation(index: ScannIndex, searcher: Searcher, queries: np.ndarray) -> None:
@@ -204,43 +202,42 @@ def check_operation(index: ScannIndex, searcher: Searcher, queries: np.ndarray) 
             )
 
 
-def difference(expected: _Arrays, answer: _Arrays) -> str:
-    """Describes how an answer differs, or returns ""; ids with equal scores may swap places."""
-    shapes, others = (
-        {key: array.shape for key, array in arrays.items()} for arrays in (expected, answer)
-    )
-    if shapes != others:
-        return f"shapes {others} instead of {shapes}"
-    for key, array in expected.items():
-        # Floats and booleans. Ids follow below, where ties are allowed.
-        if array.dtype.kind not in "fb":
-            continue
-        array, other = array.astype(float), answer[key].astype(float)
-        if not np.allclose(other, array, rtol=0, atol=SCORE_TOLERANCE):
-            finite = np.isfinite(array) & np.isfinite(other)
-            worst = np.abs(other[finite] - array[finite]).max(initial=0)
-            return f"{key} differ by up to {worst}"
-    if "candidate_ids" not in expected:
-        return ""
-    scores, is_other = expected["scores"], answer["candidate_ids"] != expected["candidate_ids"]
-    # Ids are compared only where neither neighbour has the same score. The tolerance is twice that
-    # of a score, because both of them may be off.
-    is_close = np.pad(np.diff(scores, axis=1) > -2 * SCORE_TOLERANCE, [[0, 0], [1, 1]])
-    is_tied = is_close[:, 1:] | is_close[:, :-1]
-    num_other = int((is_other & ~is_tied & np.isfinite(scores)).sum())
-    return f"{num_other} of {scores.size} candidate ids differ" if num_other else ""
+def answers_of(
+    module: RetrievalModule, probes: Mapping[str, Mapping[str, np.ndarray]]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the answers of a module in memory to the inputs of each signature that it has."""
+    answers = {}
+    for name, inputs in probes.items():
+        if name in module.exported:
+            function = module.exported[name]
+            tensors = as_tensors(signature_inputs(function), inputs)
+            answers[name] = _arrays(tf_tables.call(function, tensors))
+    return answers
 
 
-def answer_probes() -> str | None:
-    """Answers the probes on standard input; returns the differences, None if there are none."""
+def _arrays(tensors: Mapping[str, tf.Tensor]) -> dict[str, np.ndarray]:
+    """Returns tensors as arrays; text is `str`, not bytes."""
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    for name, array in arrays.items():
+        if array.dtype == object:
+            flat = [text.decode(errors="replace") for text in array.ravel().tolist()]
+            arrays[name] = np.array(flat, object).reshape(array.shape)
+    return arrays
+
+
+def answer_graph_probes() -> str | None:
+    """Answers the probes on standard input by SavedModels; returns how these differ, or None.
+
+    Exact models come first: the process then shows that they load without ScaNN's operation.
+    """
+    folder, expected = pickle.load(sys.stdin.buffer)
     problems = []
-    for folder, needs_scann, expected in pickle.load(sys.stdin.buffer):
-        if needs_scann:
+    for part, answers in expected.items():
+        if part:
             load_scann_ops()
-        loaded = tf.saved_model.load(folder)
-        for name, (inputs, outputs) in expected.items():
-            signature = loaded.signatures[name]
-            tensors = as_tensors(signature_inputs(signature), inputs)
-            if problem := difference(outputs, _arrays(signature(**tensors))):
-                problems.append(f"{folder}: {name}: {problem}")
+        signatures = tf.saved_model.load(str(Path(folder, part))).signatures
+        for name, (inputs, outputs) in answers.items():
+            tensors = as_tensors(signature_inputs(signatures[name]), inputs)
+            if problem := difference(outputs, _arrays(signatures[name](**tensors))):
+                problems.append(f"{Path(folder, part)}: {name}: {problem}")
     return "\n".join(problems) or None

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from tests.service.conftest import KIND_OF, NUM_CANDIDATES, Exported, Served, make_served
 from tfrs_pipeline.durable import StorageError
-from tfrs_pipeline.export import export as export_module
-from tfrs_pipeline.export.export import export, query_table
-from tfrs_pipeline.export.saved_model import ExportError, RetrievalModule
+from tfrs_pipeline.exports import export as export_module
+from tfrs_pipeline.exports.export import export, query_table
+from tfrs_pipeline.exports.saved_model import ExportError, RetrievalModule
 from tfrs_pipeline.features.categorical import Categorical, Hashed
 from tfrs_pipeline.search.settings import Exact, Scann
 from tfrs_pipeline.service.retriever import LoadedRetriever, load

@@ -7,7 +7,6 @@ from tests.service.conftest import (  # noqa: F401
     int_folder,
     kind,
     loaded,
-    loaded_once,
     model,
     running,
     served,

@@ -1,0 +1,269 @@
+"""A model's towers behind raw ids, in a graph: the copy that a SavedModel holds.
+
+Everything else embeds raw queries by `search/queries.py`, in NumPy.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfrs_pipeline.features import graph
+from tfrs_pipeline.features.encoding import TIMESTAMP, raw_signature, request_signature
+from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.raw import NO_TIME
+from tfrs_pipeline.model import tf_tables
+from tfrs_pipeline.model.exportable import Exportable
+from tfrs_pipeline.model.tf_tables import lookup, stored, traced
+from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
+from tfrs_pipeline.samples.store import RowLists
+from tfrs_pipeline.search.exclusions import left_out, rule_with
+from tfrs_pipeline.search.repeats import RepeatBonus
+
+EMBEDDINGS = "embed_user", "embed_query", "embed_query_with_features", "embed_candidate"
+"""The functions of an `Encoder`, which signatures of an export call too."""
+
+
+class Encoder(tf.Module):
+    """Embeds users, queries and candidates by ids, and holds what each user has clicked.
+
+    Ids are int64 or strings; -1 or "" is an empty slot. Without `user_data` it holds no
+    user ids, histories or features; a `ValueError` if the model embeds each user's id.
+
+    Functions of queries take the raw values of request features last (`request_signature`). If the
+    model reads times, they also take the request's timestamp and, after a history, its
+    history_timestamps [B, L]: seconds since 1970, NaN or absent where unknown.
+
+    Attributes:
+        embed_user: user_id [B] -> embeddings [B, D] float32, is_known_user [B] bool and
+            num_known_items [B] int32, how many items of the history the training had; all by the
+            user's stored history and features. Also `known_items` [B, any], ids to exclude:
+            dislikes, and what the user clicked, or saw, if the model excludes it. Absent if the
+            model has neither. None without user data.
+            With a repeat bonus, this and the next two functions also return `repeated_items`
+            [B, any], the distinct ids of the history, and `bonuses` [B, any] float32.
+        embed_query: user_id [B], history [B, L] oldest first -> the first three, from this history.
+        embed_query_with_features: user_id, history, raw query features -> the same, from these
+            features in place of the stored ones; None without query features.
+        embed_candidate: item_id [B], raw features -> embeddings [B, D] float32, is_known_item [B]
+            bool. An item that training did not have gets the unknown id's embedding.
+    """
+
+    def __init__(self, model: Exportable, *, user_data: bool = True) -> None:
+        super().__init__(name="encoder")
+        self._model = lambda: model  # A function keeps the model out of the exported objects.
+        self._holds_users, self._reads_times = user_data, model.history_times is not None
+        self._rule = rule_with(model.exclude, has_bonus=model.repeat_bonus is not None)
+        user_dtype, item_dtype = map(tf_tables.id_dtype, (model.query_ids, model.candidate_ids))
+        query_ids, times = model.query_ids, model.history_times
+        histories, known_positives = model.histories, model.known_positives
+        disliked = model.disliked if user_data else RowLists.empty(1)
+        if not user_data:
+            query_ids, times = query_ids[:0], np.zeros(0)
+            histories = known_positives = RowLists.empty(1)
+        self._query_rows = tf_tables.row_table(query_ids)
+        self._candidate_rows = tf_tables.row_table(model.candidate_ids)
+        # Entry 0 holds the empty id, since an empty slot has row 0.
+        self._candidate_ids = stored(tf_tables.with_empty(model.candidate_ids))
+        self._histories, self._known = (
+            [stored(lists.values), stored(lists.offsets)] for lists in (histories, known_positives)
+        )
+        self._disliked: list[tf.Variable] | None = None
+        if len(disliked.values):
+            self._disliked = [stored(disliked.values), stored(disliked.offsets)]
+        self._history_times = stored(np.asarray(times, float)) if self._reads_times else None
+        self._query_features = tuple(model.query_features)
+        self._request_features = tuple(model.request_features)
+        self._candidate_features = tuple(model.candidate_features)
+        # As an attribute, each table is saved with the module.
+        features = *self._query_features, *self._request_features, *self._candidate_features
+        self._resources = [feature.graph_resource for feature in features]
+        user_id = tf.TensorSpec([None], user_dtype, "user_id")
+        item_id = tf.TensorSpec([None], item_dtype, "item_id")
+        query = [user_id, tf.TensorSpec([None, None], item_dtype, "history")]
+        if self._reads_times:
+            query.append(tf.TensorSpec([None, None], tf.float64, HISTORY_TIMESTAMPS))
+        query_features = graph.tensor_specs(raw_signature(self._query_features)).values()
+        candidate_features = graph.tensor_specs(raw_signature(self._candidate_features)).values()
+        self._request_signature = request_signature(
+            self._request_features, self._query_features, reads_times=self._reads_times
+        )
+        request = graph.tensor_specs(self._request_signature).values()
+        self.embed_user: Any = None
+        if user_data:
+            self.embed_user = traced(self._embed_user, [user_id, *request])
+        self.embed_query = traced(self._embed_query, [*query, *request])
+        self.embed_query_with_features = None
+        if query_features:
+            self.embed_query_with_features = traced(
+                self._embed_query, [*query, *query_features, *request]
+            )
+        self.embed_candidate = traced(self._embed_candidate, [item_id, *candidate_features])
+        # Only variables: tracking the layers would export their Keras machinery too.
+        self._variables = list(model.variables) if user_data else self._variables_without_users()
+
+    def _embed_user(self, user_id: tf.Tensor, **raw: tf.Tensor) -> dict[str, tf.Tensor]:
+        query_rows, times = lookup(self._query_rows, user_id), None
+        if self._history_times is not None:
+            times = _lists([self._history_times, self._histories[1]], query_rows)
+        embedded = self._embed(query_rows, _lists(self._histories, query_rows), times, raw)
+        disliked = [] if self._disliked is None else [self._disliked]
+        if not (tables := left_out(self._rule, [self._known], disliked)):
+            return embedded
+        items = [self._items_in(table, user_id) for table in tables]
+        return {**embedded, "known_items": tf.concat(items, axis=1)}
+
+    def _embed_query(
+        self, user_id: tf.Tensor, history: tf.Tensor, **raw: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        # Rows of known items, most recent first, and their times.
+        rows = tf.reverse(lookup(self._candidate_rows, history), axis=[1])
+        known, times = tf.ragged.boolean_mask(rows, rows > 0), None
+        if self._reads_times:
+            # Cut or padded to the width of the history.
+            item_times, width = raw[HISTORY_TIMESTAMPS], tf.shape(history)[1]
+            missing = [[0, 0], [0, tf.maximum(width - tf.shape(item_times)[1], 0)]]
+            item_times = tf.pad(item_times, missing, constant_values=np.nan)[:, :width]
+            times = tf.ragged.boolean_mask(tf.reverse(item_times, axis=[1]), rows > 0)
+        return self._embed(lookup(self._query_rows, user_id), known, times, raw)
+
+    def _embed(
+        self,
+        query_rows: tf.Tensor,
+        histories: tf.RaggedTensor,
+        times: tf.RaggedTensor | None,
+        raw: Mapping[str, tf.Tensor],
+    ) -> dict[str, tf.Tensor]:
+        model = self._model()
+        features = self._encoded_features(raw)
+        if not self._holds_users:
+            features = self._missing_features(tf.shape(query_rows)[0]) | features
+        # Cut and padded to the length of training, so that the graph has one shape.
+        length = model.history_length
+        recent = histories[:, :length].to_tensor(shape=[None, length])
+        arguments: dict[str, Any] = _feature_argument(features)
+        if times is not None:
+            item_times = times[:, :length].to_tensor(np.nan, shape=[None, length])
+            arguments["history_times"] = _relative(
+                tf.concat([raw[TIMESTAMP][:, tf.newaxis], item_times], axis=1)
+            )
+        repeats = {}
+        if model.repeat_bonus is not None:
+            rows, bonuses = (
+                ragged.to_tensor() for ragged in bonuses_of(model.repeat_bonus, histories)
+            )
+            repeated_items = tf.gather(self._candidate_ids, rows)
+            repeats = {"repeated_items": repeated_items, "bonuses": bonuses}
+        # Counted in dense rows, because summing a ragged tensor would take 5% of a query's time.
+        return {
+            "embeddings": model.embed_queries(query_rows, recent, **arguments),
+            "is_known_user": query_rows > 0,
+            "num_known_items": tf.math.count_nonzero(histories.to_tensor(), axis=1, dtype=tf.int32),
+            **repeats,
+        }
+
+    def _encoded_features(self, raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Encodes the features of the request and, where the signature has them, of the user."""
+        values = {name: raw[spec.name] for name, spec in self._request_signature.items()}
+        features = graph.encode_requests(self._request_features, values)
+        # Without the user's features in the signature, the model takes those that it holds.
+        if all(spec.name in raw for spec in raw_signature(self._query_features).values()):
+            features |= _encoded(self._query_features, raw)
+        return features
+
+    def _missing_features(self, num_rows: tf.Tensor | int) -> dict[str, tf.Tensor]:
+        return {
+            feature.name: tf.repeat(feature.missing, num_rows, axis=0)
+            for feature in self._query_features
+        }
+
+    def _variables_without_users(self) -> list[Any]:
+        """Returns the model's variables that hold nothing of users.
+
+        Refuses a model whose embeddings depend on the user's id, all else being equal.
+        """
+        model = self._model()
+        # Spread over all rows: users without a positive in training have no embedding.
+        rows = np.unique(np.linspace(0, len(model.query_ids), 1000, dtype=np.int32))
+        history = tf.zeros([len(rows), model.history_length], tf.int32)
+        missing = _feature_argument(self._missing_features(len(rows)))
+        embedded = model.embed_queries(rows, history, **missing).numpy()
+        # Rows of one matrix product may differ in their last bits.
+        if not np.allclose(embedded, embedded[:1], rtol=1e-4, atol=1e-5):
+            raise ValueError(
+                "A model that has learned an embedding of each user cannot be exported without "
+                "user data: train it with use_user_id=False (model.use_user_id)."
+            )
+        # The model's variables also hold the features of all users, which no function reads now.
+        functions = (self.embed_query, self.embed_query_with_features, self.embed_candidate)
+        graphs = [f.get_concrete_function().graph for f in functions if f is not None]
+        read = {id(resource) for graph_ in graphs for resource, _ in graph_.captures}
+        # Variables and lookup tables name their resource differently.
+        return [
+            held
+            for held in model.variables
+            if id(held.handle if hasattr(held, "handle") else held.resource_handle) in read
+        ]
+
+    def _embed_candidate(self, item_id: tf.Tensor, **raw: tf.Tensor) -> dict[str, tf.Tensor]:
+        rows = lookup(self._candidate_rows, item_id)
+        features = _encoded(self._candidate_features, raw)
+        return {
+            "embeddings": self._model().embed_candidates(rows, **_feature_argument(features)),
+            "is_known_item": rows > 0,
+        }
+
+    def _items_in(self, lists: Sequence[tf.Variable], user_id: tf.Tensor) -> tf.Tensor:
+        rows = _lists(lists, lookup(self._query_rows, user_id)).to_tensor()
+        return tf.gather(self._candidate_ids, rows)
+
+
+def _encoded(features: Sequence[Feature], raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    values = {name: raw[spec.name] for name, spec in raw_signature(features).items()}
+    return graph.encode_raw(features, values)
+
+
+def _feature_argument(features: Mapping[str, tf.Tensor]) -> dict[str, Mapping[str, tf.Tensor]]:
+    """Returns the argument `features`, or none: without features, functions do not take it."""
+    return {"features": features} if features else {}
+
+
+def _relative(times: tf.Tensor) -> tf.Tensor:
+    """Counts [B, n] float64 times as `relative_seconds` does: int32."""
+    is_known = tf.math.is_finite(times)
+    seconds = tf.floor(tf.where(is_known, times, 0.0))
+    lowest = tf.constant(-np.inf, tf.float64)
+    latest = tf.reduce_max(tf.where(is_known, seconds, lowest), axis=1, keepdims=True)
+    relative = tf.maximum(seconds - latest, NO_TIME + 2)
+    return tf.cast(tf.where(is_known, relative, NO_TIME), tf.int32)
+
+
+# A pair of a line and a candidate row becomes one int64, line * _ROWS + row: rows are int32.
+_ROWS = 1 << 31
+
+
+def bonuses_of(
+    bonus: RepeatBonus, histories: tf.RaggedTensor
+) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
+    """Returns what `RepeatBonus.of` does for each of several histories, in a graph.
+
+    Takes [B, any] int32 candidate rows, most recent first. Returns [B, any] int32 rows and their
+    bonuses, [B, any] float32.
+    """
+    known = tf.ragged.boolean_mask(histories, histories > 0)
+    lines = tf.cast(known.value_rowids(), tf.int64)
+    ages = tf.cast(tf.ragged.range(known.row_lengths()).values, tf.float32)
+    pairs, positions = tf.unique(lines * _ROWS + tf.cast(known.values, tf.int64))
+    n = tf.math.unsorted_segment_sum((1 + ages) ** -bonus.forgetting, positions, tf.size(pairs))
+    num_lines = histories.nrows(tf.int64)
+    rows, bonuses = (
+        tf.RaggedTensor.from_value_rowids(values, pairs // _ROWS, num_lines)
+        for values in (tf.cast(pairs % _ROWS, tf.int32), bonus.weight * n**bonus.power)
+    )
+    return rows, bonuses
+
+
+def _lists(values_and_offsets: Sequence[tf.Variable], rows: tf.Tensor) -> tf.RaggedTensor:
+    values, offsets = values_and_offsets
+    return tf.gather(tf.RaggedTensor.from_row_splits(values, offsets, validate=False), rows)

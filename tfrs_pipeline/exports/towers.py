@@ -1,0 +1,58 @@
+"""Writes the towers of a version for a service without TensorFlow."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import tensorflow as tf
+
+from tfrs_pipeline.libraries import quiet_natives
+from tfrs_pipeline.model.exportable import Exportable
+from tfrs_pipeline.model.tf_tables import tower_function
+from tfrs_pipeline.search.queries import candidate_inputs
+from tfrs_pipeline.service.towers import CANDIDATE_TOWER, EMBED, LITERT_SUFFIX, QUERY_TOWER
+
+logger = logging.getLogger(__name__)
+
+
+def write_towers(model: Exportable, folder: Path) -> None:
+    """Writes the query and the candidate tower, in LiteRT's format where it can run them.
+
+    A tower with an operation that LiteRT lacks is saved for TensorFlow, and a warning says so: a
+    service then needs TensorFlow.
+    """
+    _write(folder, QUERY_TOWER, model.embed_queries, model.inputs.tower_inputs, model)
+    candidate = candidate_inputs(model.candidate_features)
+    _write(folder, CANDIDATE_TOWER, model.embed_candidates, candidate, model)
+
+
+def _write(
+    folder: Path,
+    name: str,
+    embed: Callable[..., tf.Tensor],
+    inputs: Mapping[str, tuple[Sequence[int | None], str]],
+    model: Exportable,
+) -> None:
+    module = tf.Module(name=name)
+    traced = tower_function(embed, inputs)
+    setattr(module, EMBED, traced)
+    function = traced.get_concrete_function()
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([function], module)
+    log = logging.getLogger("tensorflow")
+    level = log.level
+    try:
+        log.setLevel(logging.ERROR)  # It warns of collections that no tower has.
+        with quiet_natives():
+            converted = converter.convert()
+        (folder / f"{name}{LITERT_SUFFIX}").write_bytes(converted)
+    except Exception as error:  # The converter raises whatever its parts do.
+        *_, reason = str(error).strip().splitlines() or [type(error).__name__]
+        logger.warning(
+            "LiteRT cannot run the %s tower, so whoever serves this model needs TensorFlow: %.300s",
+            name,
+            reason,
+        )
+        module.held = list(model.variables)  # Tracked, so that they are saved.
+        tf.saved_model.save(module, str(folder / name))
+    finally:
+        log.setLevel(level)

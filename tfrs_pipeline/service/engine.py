@@ -1,0 +1,156 @@
+"""The one path of a query: raw arrays, the inputs of a tower, vectors, the search."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tfrs_pipeline.features.encoding import encode_raw, raw_signature
+from tfrs_pipeline.retrieval import Excluded
+from tfrs_pipeline.search.candidates import Allowed, Candidates
+from tfrs_pipeline.search.queries import (
+    CANDIDATE_FEATURES,
+    CANDIDATE_ROWS,
+    FEATURE,
+    QUERIES_PER_CALL,
+    Arrays,
+    id_array,
+    padded,
+    padded_ids,
+)
+from tfrs_pipeline.search.repeats import RepeatBonus
+from tfrs_pipeline.service.parts import Parts
+from tfrs_pipeline.service.signatures import FILTERED, RETRIEVALS, SEARCH_INPUTS, SIMILAR, id_lists
+from tfrs_pipeline.service.users import Users
+
+ITEMS_PER_CALL = 8192
+
+
+class Engine:
+    """Answers raw arrays by the parts of a version, its users until now, and its candidates.
+
+    `manifest` is the version's.
+    """
+
+    def __init__(
+        self, parts: Parts, users: Users, candidates: Candidates, manifest: Mapping[str, Any]
+    ) -> None:
+        self._parts, self._users, self._candidates = parts, users, candidates
+        self._query_tower = parts.query_tower  # Read now, so that a bad one is refused here.
+        self._has_bias = manifest["has_item_bias"]
+        bonus = manifest["repeat_bonus"]
+        self._bonus = None if bonus is None else RepeatBonus(**bonus)
+
+    def answer(
+        self, signature: str, inputs: Mapping[str, np.ndarray], *, exact: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Answers a signature of the SavedModel, with live items, events and filters too.
+
+        With `exact`, every candidate is scored. Raises an `UnknownItem` for `similar`.
+        """
+        if signature == "embed_candidate":
+            specs = raw_signature(self._parts.inputs.features[CANDIDATE_FEATURES])
+            raw = {name: inputs[spec.name] for name, spec in specs.items()}
+            embeddings, is_known = self.embed_items(inputs["item_id"].tolist(), raw)
+            return {"embeddings": embeddings, "is_known_item": is_known}
+        name = RETRIEVALS.get(signature.removesuffix(FILTERED))
+        if name is None:
+            return self._as_arrays(self.embed(signature, inputs))
+        exclude = id_lists(inputs["exclude"])
+        allowed = id_lists(inputs["allowed"]) if "allowed" in inputs else None
+        query = {key: array for key, array in inputs.items() if key not in SEARCH_INPUTS}
+        return self.search(self.embed(name, query), int(inputs["k"]), exclude, allowed, exact=exact)
+
+    def _as_arrays(self, embedded: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Pads what differs in length by query: ids with empty ones, bonuses with 0."""
+        items = self._parts.stored.items
+        known = embedded.pop("known_items", None)
+        # As in the SavedModel: absent where the version leaves nothing out for anyone.
+        if known is not None and (any(known) or self._users.has_left_out):
+            embedded["known_items"] = padded_ids(known, items.are_text)
+        if (repeats := embedded.pop("repeats", None)) is not None:
+            ids = [items.take(rows).tolist() for rows, _ in repeats]
+            bonuses = np.concatenate([np.zeros(0, np.float32), *(part[1] for part in repeats)])
+            embedded["repeated_items"] = padded_ids(ids, items.are_text)
+            embedded["bonuses"] = padded(bonuses, ids, np.float32(0))
+        return embedded
+
+    def item_queries(self, item_ids: Sequence[Any]) -> dict[str, Any]:
+        """Makes queries of items, which exclude the item itself."""
+        vectors = self._candidates.vectors_of(item_ids)  # A copy.
+        if self._has_bias:
+            vectors[:, -1] = 1  # As in a query: the item's own bias does not count.
+        return {"embeddings": vectors, "known_items": [[id_] for id_ in item_ids]}
+
+    def search(
+        self,
+        embedded: dict[str, Any],
+        k: int,
+        exclude: Excluded,
+        allowed: Allowed,
+        *,
+        exact: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """Answers embedded queries: ids, scores, and what the model knew of each query."""
+        vectors, repeats = embedded.pop("embeddings"), embedded.pop("repeats", None)
+        if (lists := embedded.pop("known_items", None)) is not None:
+            more = [()] * len(lists) if exclude is None else exclude
+            exclude = [[*known_ids, *ids] for known_ids, ids in zip(lists, more, strict=True)]
+        bonuses = None
+        if repeats is not None:
+            bonuses = [(self._parts.stored.items.take(rows), numbers) for rows, numbers in repeats]
+        ids, scores = self._candidates.search(
+            vectors, k, exclude, allowed, exact=exact, bonuses=bonuses
+        )
+        return {"candidate_ids": ids, "scores": scores, **embedded}
+
+    def embed(self, name: str, arrays: Arrays) -> dict[str, Any]:
+        """Embeds raw arrays: users by what they did until now, others by the history they bring.
+
+        Returns `embeddings` [B, D], what is known of each query, `known_items`, a list of ids to
+        leave out for each, and with a repeat bonus `repeats`: rows of the history's items, and
+        their bonuses.
+        """
+        if name == SIMILAR:
+            return self.item_queries(arrays["item_id"].tolist())
+        known: dict[str, Any] = {}
+        if name == "embed_user":
+            users = self._users.now(arrays["user_id"].tolist())
+            histories = [self._parts.inputs.history(user.history, user.times) for user in users]
+            known["known_items"] = list(map(self._users.left_out, users))
+            is_known = np.array([user.is_known for user in users], bool)
+        else:
+            histories = self._parts.inputs.histories(arrays)
+            is_known = self._parts.stored.users.rows(arrays["user_id"]) > 0
+        blocks = []
+        # At least one call: without a query, it still gives the number of dimensions.
+        for start in range(0, max(len(histories), 1), QUERIES_PER_CALL):
+            block = slice(start, start + QUERIES_PER_CALL)
+            part = {name: array[block] for name, array in arrays.items()}
+            blocks.append(self._query_tower(self._parts.inputs.encode(part, histories[block])))
+        if self._bonus is not None:
+            known["repeats"] = [self._bonus.of(history.rows) for history in histories]
+        return {
+            "embeddings": np.concatenate(blocks) if len(blocks) > 1 else blocks[0],
+            "is_known_user": is_known,
+            "num_known_items": np.array([len(history.rows) for history in histories], np.int32),
+            **known,
+        }
+
+    def embed_items(self, item_ids: Sequence[Any], raw: Arrays) -> tuple[np.ndarray, np.ndarray]:
+        """Embeds items by the arrays that `raw_columns` makes of their features.
+
+        Returns embeddings [n, D] float32, and is_known_item [n] bool.
+        """
+        rows = self._parts.stored.items.rows(id_array(item_ids, self._parts.stored.items.are_text))
+        encoded = encode_raw(self._parts.inputs.features[CANDIDATE_FEATURES], raw)
+        inputs = {CANDIDATE_ROWS: rows}
+        inputs |= {FEATURE + name: values for name, values in encoded.items()}
+        # At least one call: without an item, it still gives the number of dimensions.
+        blocks = [
+            self._parts.candidate_tower(
+                {n: x[start : start + ITEMS_PER_CALL] for n, x in inputs.items()}
+            )
+            for start in range(0, max(len(rows), 1), ITEMS_PER_CALL)
+        ]
+        return np.concatenate(blocks), rows > 0

@@ -1,0 +1,102 @@
+"""The towers of a version: LiteRT runs them, or TensorFlow those that LiteRT cannot."""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tfrs_pipeline.libraries import quiet_natives
+from tfrs_pipeline.search.queries import INPUT, Arrays, Tower
+from tfrs_pipeline.service.publish import SERVICE_FOLDER
+
+TOWERS = QUERY_TOWER, CANDIDATE_TOWER = "query", "candidate"
+LITERT_SUFFIX = ".tflite"
+# The function of a tower that is saved for TensorFlow.
+EMBED = "embed"
+
+
+class LiteRtTower:
+    """A tower in a LiteRT file, whose pages all processes share; safe from several threads.
+
+    `names` are those of the inputs, in the order of the file's.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self._path, self._names = path, tuple(names)
+        self._threads = threading.local()  # An interpreter serves one thread at a time.
+        self._interpreter()  # A file that cannot be run is refused here.
+
+    def __call__(self, inputs: Arrays, /) -> np.ndarray:
+        """Embeds a batch of any size: [B, D] float32."""
+        interpreter, entries, output = self._interpreter()
+        num = len(inputs[self._names[0]])
+        if not num:  # LiteRT takes no empty batch.
+            width = interpreter.get_output_details()[0]["shape_signature"][1]
+            return np.zeros((0, width), np.float32)
+        if num != self._threads.num:
+            for index, shape in entries:
+                interpreter.resize_tensor_input(index, [num, *shape])
+            interpreter.allocate_tensors()
+            self._threads.num = num
+        for name, (index, _) in zip(self._names, entries, strict=True):
+            interpreter.set_tensor(index, np.ascontiguousarray(inputs[name]))
+        interpreter.invoke()
+        embedded: np.ndarray = interpreter.get_tensor(output)  # A copy.
+        return embedded
+
+    def _interpreter(self) -> tuple[Any, list[tuple[int, Sequence[int]]], int]:
+        """Returns this thread's interpreter, index and row shape of each input, the output's."""
+        if not hasattr(self._threads, "made"):
+            from ai_edge_litert.interpreter import Interpreter
+
+            with quiet_natives():  # XNNPACK writes a line at its start.
+                interpreter = Interpreter(model_path=str(self._path), num_threads=1)
+                interpreter.allocate_tensors()
+            details = {
+                _plain_name(entry["name"]): entry for entry in interpreter.get_input_details()
+            }
+            inputs = [details[INPUT.format(number)] for number in range(len(self._names))]
+            entries = [(entry["index"], entry["shape_signature"][1:]) for entry in inputs]
+            output = interpreter.get_output_details()[0]["index"]
+            self._threads.made, self._threads.num = (interpreter, entries, output), None
+        made: tuple[Any, list[tuple[int, Sequence[int]]], int] = self._threads.made
+        return made
+
+
+def _plain_name(name: str) -> str:
+    """Returns the name of an input without what the conversion adds to it."""
+    return name.rpartition("serving_default_")[2].partition(":")[0]
+
+
+class TensorFlowTower:
+    """A tower that LiteRT cannot run, as a SavedModel of its own; needs TensorFlow."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        try:
+            import tensorflow as tf
+        except ImportError as error:
+            raise ImportError(
+                f"{folder} is a tower that LiteRT cannot run, so this model needs TensorFlow in "
+                f"service too: install the extra 'train'. The import said: {error}"
+            ) from error
+        self._model, self._names = tf.saved_model.load(str(folder)), tuple(names)
+        self._constant = tf.constant
+
+    def __call__(self, inputs: Arrays, /) -> np.ndarray:
+        """Embeds a batch of any size: [B, D] float32."""
+        tensors = (self._constant(inputs[name]) for name in self._names)
+        embedded: np.ndarray = getattr(self._model, EMBED)(*tensors).numpy()
+        return embedded
+
+
+def needs_tensorflow(version: Path) -> bool:
+    """Returns whether a version has a tower that LiteRT cannot run."""
+    return any((version / SERVICE_FOLDER / name).is_dir() for name in TOWERS)
+
+
+def load_tower(folder: Path, name: str, inputs: Sequence[str]) -> Tower:
+    """Loads a tower from the folder of a version's towers, with the names of its inputs."""
+    file = folder / f"{name}{LITERT_SUFFIX}"
+    return LiteRtTower(file, inputs) if file.exists() else TensorFlowTower(folder / name, inputs)

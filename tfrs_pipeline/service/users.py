@@ -1,0 +1,119 @@
+"""What each user did until now: the history that a version holds, and the events since."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tfrs_pipeline.data.schema import Exclude, Stage
+from tfrs_pipeline.search.exclusions import KNOWN_STAGES, left_out, left_out_by_history
+from tfrs_pipeline.service.stored import Stored
+from tfrs_pipeline.service.user_events import Event, Journal
+
+
+class UserNow(NamedTuple):
+    """A user as they are now.
+
+    Attributes:
+        history: Ids of the items that the user clicked, oldest first, without disliked ones.
+        times: Their times, [n] float64 seconds since 1970; NaN where unknown.
+        known: Ids of items that the version holds as known, and of the events that make an item
+            known by its rule; `left_out` decides.
+        disliked: Ids of items that the user disliked, before the end of the log or since.
+        is_known: Whether the training, or an event since, had the user.
+    """
+
+    history: list[Any]
+    times: np.ndarray
+    known: list[Any]
+    disliked: list[Any]
+    is_known: bool
+
+
+class Users:
+    """The users of a loaded version: what it holds of them, and their events.
+
+    Args:
+        stored: What the version holds.
+        rule: Which items answers by user id leave out (see `left_out`).
+        manifest: The version's manifest.
+        folder: The model's folder, with the recorded events; None reads no events.
+
+    Attributes:
+        journal: The recorded events; None if none are read.
+        until: Milliseconds since 1970: the end of the log that the version was trained on. Clicks
+            up to and at this time are in that log, so no history takes them from the journal.
+    """
+
+    def __init__(
+        self, stored: Stored, rule: Exclude, manifest: Mapping[str, Any], folder: Path | None
+    ) -> None:
+        self.journal = None if folder is None else Journal(folder)
+        self._stored, self._rule = stored, rule
+        until = manifest.get("histories_until", manifest["items_read"])
+        self.until = round(1000 * datetime.fromisoformat(until).timestamp())
+
+    @property
+    def has_left_out(self) -> bool:
+        """Whether the version itself holds items that answers to some user leave out."""
+        return self._rule != "none" or self._stored.has_dislikes
+
+    def now(self, user_ids: Sequence[Any]) -> list[UserNow]:
+        """Returns users as they are now; one without a trace has empty lists."""
+        rows = self._stored.user_rows(user_ids)
+        events_by_user = {} if self.journal is None else self.journal.of_users(user_ids)
+        pairs = zip(rows, user_ids, strict=True)
+        return [self._now(row, events_by_user.get(user_id, ())) for row, user_id in pairs]
+
+    def _now(self, row: int, events: Sequence[Event]) -> UserNow:
+        stored, is_known = self._stored, row > 0 or bool(events)
+        (history, times), known, disliked = (
+            stored.history(row),
+            stored.known(row),
+            stored.disliked(row),
+        )
+        if not events:
+            return UserNow(history, times, known, disliked, is_known)
+        # An earlier model of this name may have had item ids of the other type.
+        are_text = stored.items.are_text
+        events = [event for event in events if isinstance(event.item_id, str) == are_text]
+        disliked += [event.item_id for event in events if event.type == Stage.DISLIKED]
+        known += [event.item_id for event in events if event.type in KNOWN_STAGES[self._rule]]
+        is_later = (event.type == Stage.CLICKED and event.time > self.until for event in events)
+        clicks = [*itertools.compress(events, is_later)]
+        history += [click.item_id for click in clicks]
+        # Whole seconds, as in training.
+        times = np.append(times, [click.time // 1000 for click in clicks])
+        gone = dict.fromkeys(disliked)  # Each item once.
+        is_left = [item_id not in gone for item_id in history]
+        history = [*itertools.compress(history, is_left)]
+        return UserNow(history, times[np.array(is_left, bool)], known, [*gone], is_known)
+
+    def left_out(self, user: UserNow) -> list[Any]:
+        """Returns the ids that no answer to a user by id holds."""
+        return left_out(self._rule, user.known, user.disliked)
+
+    def history(self, user_id: Any) -> list[Any]:
+        """Returns the history of a user until now, most recent first; [] for an unknown user."""
+        return self.now([user_id])[0].history[::-1]
+
+    def disliked(self, user_ids: Sequence[Any]) -> list[list[Any]]:
+        """Returns what each user disliked until now, in the training's log and in service."""
+        return [user.disliked for user in self.now(user_ids)]
+
+    def left_out_by_history(
+        self, user_ids: Sequence[Any], histories: Sequence[Sequence[Any]]
+    ) -> list[list[Any]]:
+        """Returns what answers by a history have to `exclude`, as answers by user id do themselves.
+
+        For each user this is what they disliked and, unless the rule is "none", the history; by the
+        rule "seen", also what they have seen. A user whom the training did not have may have seen
+        or disliked items in service.
+        """
+        return [
+            left_out_by_history(self._rule, history, user.known, user.disliked)
+            for user, history in zip(self.now(user_ids), histories, strict=True)
+        ]
