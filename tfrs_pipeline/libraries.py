@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.compute as pc
     import tensorflow as tf
+    import tomli_w
 else:
 
     class _Library:
@@ -23,8 +24,8 @@ else:
         def __getattr__(self, attribute: str) -> Any:
             return getattr(importlib.import_module(self._name), attribute)
 
-    names = ("ibis", "ibis.expr.types", "pyarrow", "pyarrow.compute", "tensorflow")
-    ibis, ir, pa, pc, tf = map(_Library, names)
+    names = ("ibis", "ibis.expr.types", "pyarrow", "pyarrow.compute", "tensorflow", "tomli_w")
+    ibis, ir, pa, pc, tf, tomli_w = map(_Library, names)
 
 
 @contextlib.contextmanager
