@@ -107,7 +107,14 @@ def _select_keras_2() -> None:
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{PUBLIC[name]}"), name)
+    try:
+        module = importlib.import_module(f"{__name__}.{PUBLIC[name]}")
+    except ModuleNotFoundError as error:
+        from tfrs_pipeline.libraries import raise_missing
+
+        raise_missing(error, f"tfrs_pipeline.{name}")
+        raise
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

@@ -22,29 +22,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-
-try:
-    import prometheus_client
-    import uvicorn
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-    from starlette.routing import Route
-
-    from tfrs_pipeline.service.request_metrics import CountRequests
-except ImportError as missing:
-    raise ImportError(
-        "The server needs the extra 'serve': pip install -c constraints.txt -e '.[serve]', in the "
-        f"project's folder. The import said: {missing}"
-    ) from missing
+import prometheus_client
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 
 from tfrs_pipeline.durable import try_writing
 from tfrs_pipeline.search.queries import padded_ids
 from tfrs_pipeline.service import page, rest
+from tfrs_pipeline.service.connections import Connection, CountRequests
 from tfrs_pipeline.service.counters import LIVE_UNKNOWN_VALUES, UNRECORDED, count_answers
+from tfrs_pipeline.service.request_metrics import CountRequests
 from tfrs_pipeline.service.settings import Lately, ServeSettings, listening, read_token
 from tfrs_pipeline.service.user_events import Answer, Event, Journal, Recorder
 from tfrs_pipeline.service.versions import ModelVersions, ServedVersion
