@@ -77,7 +77,7 @@ def trusted_exports() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def few_signatures() -> Iterator[None]:
     """Exports only the signatures for users and histories, which takes half the time."""
-    from tfrs_pipeline.service import saved_model
+    from tfrs_pipeline.export import saved_model
 
     with pytest.MonkeyPatch.context() as patch:
         few = {"retrieve_user": "embed_user", "retrieve": "embed_query"}

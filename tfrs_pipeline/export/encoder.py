@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.data.ids import Ids, parse_id
 from tfrs_pipeline.features import encoding
 from tfrs_pipeline.features.encoding import TIMESTAMP, raw_signature, request_signature
 from tfrs_pipeline.features.feature import Feature
@@ -300,12 +300,8 @@ class SavedEncoder:
 
     def parse_id(self, text: str, of: Literal["user", "item"] = "item") -> Any:
         """Parses a typed id into the type of the model's ids, or raises a `ValueError`."""
-        if self.users_are_text if of == "user" else self.items_are_text:
-            return text
-        try:
-            return int(text)
-        except ValueError:
-            raise ValueError(f"This model's {of} ids are integers. Received: {text!r}") from None
+        are_text = self.users_are_text if of == "user" else self.items_are_text
+        return parse_id(text, are_text=are_text, of=of)
 
     def user_ids(self) -> np.ndarray:
         """Returns the ids of all users, in the order of their rows: [n] int64, or bytes."""

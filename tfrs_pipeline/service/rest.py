@@ -13,11 +13,12 @@ from typing import Annotated, Any, NamedTuple, NotRequired
 import numpy as np
 import pydantic
 import tensorflow as tf
-from pydantic import BeforeValidator, FailFast, Field, TypeAdapter, WrapValidator
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, TypeAdapter, WrapValidator
 from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
+from tfrs_pipeline.data.ids import check_length
 from tfrs_pipeline.durable import Damaged
 from tfrs_pipeline.features.encoding import TIMESTAMP
 from tfrs_pipeline.features.feature import Feature
@@ -30,6 +31,8 @@ from tfrs_pipeline.service.publish import DEFAULT_K, DEFAULT_SIGNATURE
 from tfrs_pipeline.service.settings import Lately, ServeSettings
 
 KEYS = ("signature_name", "instances", "inputs", "exclude_served")
+# Inputs of ids; other texts are features and values of the filter.
+_IDS = ("user_id", "item_id", "history", "exclude")
 _LATELY = TypeAdapter(Lately)
 # Not a union with None, because Python cannot hash the list types.
 _OR_NULL = WrapValidator(lambda value, check: None if value is None else check(value))
@@ -112,6 +115,8 @@ class SignatureInputs:
         value: Any
         if spec.dtype == tf.string:
             value = Annotated[bytes, BeforeValidator(_text)]
+            if name in _IDS:
+                value = Annotated[value, AfterValidator(_short)]
         elif spec.dtype.is_integer:
             low, high = (1, limits.max_k) if name == "k" else (spec.dtype.min, spec.dtype.max)
             value = Annotated[int, Field(strict=True, ge=low, le=high)]
@@ -319,6 +324,11 @@ def _text(value: Any) -> bytes:
     if isinstance(value, dict) and list(value) == ["b64"] and isinstance(value["b64"], str):
         return base64.b64decode(value["b64"], validate=True)
     raise ValueError('takes a string, or {"b64": "..."}')
+
+
+def _short(id_: bytes) -> bytes:
+    check_length(id_.decode(errors="replace"))
+    return id_
 
 
 def _seconds(value: Any) -> Any:
