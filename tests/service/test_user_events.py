@@ -545,7 +545,7 @@ def test_users_deleted_together_share_a_rewrite(
     assert started.wait(5)
     later = [recorder.forget(user) for user in (1, 2, 3, 2)]
     late = recorder.submit([Event(0, 999, 7, "clicked", None, None)])
-    assert recorder.served_lately([0], Lately(answers=2)) == [[]]
+    assert recorder.served_lately([0], Lately(answers=2), 9) == ([[]], True)
     assert [*Journal(tmp_path).of_users(range(9))] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert not any(future.done() for future in (first, *later, late))
     goes_on.set()

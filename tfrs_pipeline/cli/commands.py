@@ -26,7 +26,6 @@ NOT_PUBLISHED = 3
 BROKEN_PIPE = 141
 
 
-
 class _Commands(Mapping[str, type[Command]]):
     """Commands by name, each imported when it is looked up: a query needs no settings of runs."""
 

@@ -195,6 +195,8 @@ class Timestamp(Feature):
     @staticmethod
     def from_text(text: str) -> datetime:
         """Converts a time in ISO 8601 with its zone."""
+        if "\0" in text:  # It would end the text for `fromisoformat`.
+            raise ValueError(f"Invalid isoformat string: {text!r}")
         time = datetime.fromisoformat(text)
         if time.tzinfo is None:
             raise ValueError(f"it has no zone: write {time.isoformat()}Z if it is UTC")

@@ -179,11 +179,15 @@ class ModelVersions:
 
     def watch(self, poll_seconds: float, stop: threading.Event) -> None:
         """Looks for new versions and live items until it is told to stop."""
+        problem = ""
         while not stop.wait(poll_seconds):
             try:
                 self.refresh()
-            except Exception:  # For instance a disk that is offline: the next look may succeed.
-                logger.exception("cannot look for versions of %s", self.name)
+                problem = ""
+            except Exception as error:  # As of a disk that is offline: the next look may succeed.
+                if problem != str(error):  # Once, and not every two seconds.
+                    logger.exception("cannot look for versions of %s", self.name)
+                problem = str(error)
 
     @contextlib.contextmanager
     def use(self, number: str | None = None) -> Iterator[ServedVersion]:
