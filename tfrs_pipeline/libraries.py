@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +26,18 @@ else:
     ibis, ir, pa, pc, tf = map(_Library, names)
 
 
+_quieting = threading.Lock()
+
+
 @contextlib.contextmanager
 def quiet_natives() -> Iterator[None]:
     """Discards what libraries write to the standard error past Python, such as lines of C++."""
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
+    with _quieting:  # Two threads at once would keep, and so restore, each other's nothing.
+        kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nothing, 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nothing)
