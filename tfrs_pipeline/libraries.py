@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -28,17 +29,21 @@ else:
     ibis, ir, pa, pc, tf, tomli_w = map(_Library, names)
 
 
+_quieting = threading.Lock()
+
+
 @contextlib.contextmanager
 def quiet_natives() -> Iterator[None]:
     """Discards what libraries write to the standard error past Python, such as lines of C++."""
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
+    with _quieting:  # Two threads at once would keep, and so restore, each other's nothing.
+        kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nothing, 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nothing)
 
 
 _DATA = ("duckdb", "ibis", "sqlglot")

@@ -15,16 +15,17 @@ from starlette.exceptions import HTTPException
 from tests.service.conftest import NUM_QUERIES, Served, make_served
 from tfrs_pipeline import Exact, LoadedRetriever, export, load
 from tfrs_pipeline.exports import export as export_module
-from tfrs_pipeline.exports.encoder import Encoder, embed_queries
+from tfrs_pipeline.exports.encoder import Encoder
 from tfrs_pipeline.features.categorical import Categorical, MultiCategorical
 from tfrs_pipeline.features.numeric import Numeric, Timestamp, Vector
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.service import page, rest
+from tfrs_pipeline.service import version as version_module
 from tfrs_pipeline.service.settings import ServeSettings
 from tfrs_pipeline.service.versions import ServedVersion
 
 pytestmark = pytest.mark.usefixtures("trusted_exports")
-PROVE = export_module.prove
+PROVE = version_module.prove
 FEATURES = (
     # Its input would have the same name as that of the user feature "gender".
     Categorical.fit("Gender", ["ios", "web"]),
@@ -115,7 +116,7 @@ def timed_queries(served: Served) -> list[dict[str, Any]]:
 
 @pytest.mark.nightly
 def test_a_fresh_process(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module, "prove", PROVE)
+    monkeypatch.setattr(version_module, "prove", PROVE)
     queries = stored_queries(served)
     assert export(served.exportable(), tmp_path / "films", index=Exact(), queries=queries).is_dir()
 

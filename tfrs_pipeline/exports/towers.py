@@ -1,6 +1,7 @@
 """Writes the towers of a version for a service without TensorFlow."""
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -46,11 +47,11 @@ def _write(
             converted = converter.convert()
         (folder / f"{name}{LITERT_SUFFIX}").write_bytes(converted)
     except Exception as error:  # The converter raises whatever its parts do.
-        *_, reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = re.search("error: (.+)", str(error))  # The first: what follows is its trace.
         logger.warning(
             "LiteRT cannot run the %s tower, so whoever serves this model needs TensorFlow: %.300s",
             name,
-            reason,
+            reason[1] if reason else error,
         )
         module.held = list(model.variables)  # Tracked, so that they are saved.
         tf.saved_model.save(module, str(folder / name))

@@ -88,8 +88,8 @@ class ModelServer:
 
     def _load(self, folder: Path) -> ServedVersion:
         version = ServedVersion(folder, self.settings)
-        if version.retriever.activity is not None:
-            version.retriever.activity.journal = self.events
+        if version.retriever.users.journal is not None:
+            version.retriever.users.journal = self.events
         return version
 
     def number(self, request: Request) -> str | None:

@@ -26,7 +26,9 @@ class LiteRtTower:
     def __init__(self, path: Path, names: Sequence[str]) -> None:
         self._path, self._names = path, tuple(names)
         self._threads = threading.local()  # An interpreter serves one thread at a time.
-        self._interpreter()  # A file that cannot be run is refused here.
+        # XNNPACK writes a line at the first start in a process.
+        with quiet_natives():
+            self._interpreter()  # A file that cannot be run is refused here.
 
     def __call__(self, inputs: Arrays, /) -> np.ndarray:
         """Embeds a batch of any size: [B, D] float32."""
@@ -51,9 +53,8 @@ class LiteRtTower:
         if not hasattr(self._threads, "made"):
             from ai_edge_litert.interpreter import Interpreter
 
-            with quiet_natives():  # XNNPACK writes a line at its start.
-                interpreter = Interpreter(model_path=str(self._path), num_threads=1)
-                interpreter.allocate_tensors()
+            interpreter = Interpreter(model_path=str(self._path), num_threads=1)
+            interpreter.allocate_tensors()
             details = {
                 _plain_name(entry["name"]): entry for entry in interpreter.get_input_details()
             }
