@@ -15,13 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.service.conftest import KIND_OF, NUM_CANDIDATES, Exported, Served, make_served
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.durable import StorageError
-from tfrs_pipeline.exports import export as export_module
-from tfrs_pipeline.exports.export import export, query_table
-from tfrs_pipeline.exports.saved_model import ExportError, RetrievalModule
+from tfrs_pipeline.exports import saved_model as saved_model_module
+from tfrs_pipeline.exports.export import export
+from tfrs_pipeline.exports.saved_model import RetrievalModule
 from tfrs_pipeline.features.categorical import Categorical, Hashed
+from tfrs_pipeline.search.queries import QueryInputs, id_array, padded_ids
 from tfrs_pipeline.search.settings import Exact, Scann
+from tfrs_pipeline.service.proof import ExportError
 from tfrs_pipeline.service.retriever import LoadedRetriever, load
+from tfrs_pipeline.service.version import query_table
 
 
 @pytest.fixture(scope="module")
@@ -105,21 +109,17 @@ def test_filters_match_a_loop(served: Served, loaded: LoadedRetriever, data: st.
     allowed = data.draw(st.lists(some_genres, min_size=1, max_size=3))
     excluded = [data.draw(some_ids) for _ in allowed]
     users = served.query_ids[: len(allowed)].tolist()
-    width = max(map(len, allowed))
     inputs = {
-        "user_id": as_users(served, users).numpy(),
-        "history": as_ids(served, [[]] * len(users)).numpy(),
-        "exclude": as_ids(served, excluded).numpy(),
-        "allowed": np.array(
-            [[x.encode() for x in [*of_query, *[""] * width][:width]] for of_query in allowed],
-            object,
-        ).reshape(len(allowed), width),
-        "gender": np.array([gender.encode() for gender in served.genders[: len(users)]], object),
+        "user_id": id_array(users, served.ids == "str"),
+        "history": padded_ids([[]] * len(users), served.ids == "str"),
+        "exclude": padded_ids(excluded, served.ids == "str"),
+        "allowed": padded_ids(allowed, are_text=True),
+        "gender": np.array(served.genders[: len(users)], object),
         "k": np.int32(k),
     }
     # Giving the stored features is the same as giving none.
     for name in ("retrieve_filtered", "retrieve_user_filtered", "retrieve_with_features_filtered"):
-        answer = loaded.answer(name, inputs)
+        answer = loaded.engine.answer(name, inputs)
         by_user = name == "retrieve_user_filtered"
         histories = [served.known(i + 1) if by_user else [] for i in range(len(users))]
         pairs = zip(users, histories, strict=True)
@@ -166,7 +166,7 @@ def test_a_full_disk_is_told_by_the_folder_of_the_model(
     def fill_the_disk(*_: Any) -> None:
         raise tf.errors.ResourceExhaustedError(None, None, message)
 
-    monkeypatch.setattr(export_module.tf.saved_model, "save", fill_the_disk)
+    monkeypatch.setattr(saved_model_module.tf.saved_model, "save", fill_the_disk)
     with pytest.raises(StorageError, match=f"^{tmp_path}/films: {told}"):
         export(make_served("int").exportable(), tmp_path / "films", index=Exact())
     assert not [*(tmp_path / "films").glob(".partial*")]
@@ -195,7 +195,9 @@ def test_requests_are_stored_as_the_model_reads_them() -> None:
     features = [Categorical("fresh", ("true",)), Hashed("shelf", 4)]
     given = [{"fresh": True, "shelf": np.nan}, {"fresh": None, "shelf": 7}, {}]
     items = pa.table({"item_id": [1]})
-    table = query_table([{"request": request} for request in given], items, features, [])
+    sides = {"query": (), "request": features}
+    inputs = QueryInputs(Ids([1]), Ids([1]), sides, {}, history_length=1, reads_times=False)
+    table = query_table([{"request": request} for request in given], items, inputs)
     assert table["request"].to_pylist() == [
         {"fresh": fresh, "shelf": shelf, "timestamp": None}
         for fresh, shelf in (("true", None), (None, "7"), (None, None))
@@ -237,7 +239,7 @@ def test_a_wrong_export_is_not_published(tmp_path: Path, monkeypatch: pytest.Mon
         bias.assign(before)
 
     saved = tf.saved_model.save
-    monkeypatch.setattr(export_module.tf.saved_model, "save", save_another_model)
+    monkeypatch.setattr(saved_model_module.tf.saved_model, "save", save_another_model)
     with pytest.raises(ExportError, match="differ"):
         export(make_served("int").exportable(), tmp_path / "films", index=Exact())
     assert list((tmp_path / "films").iterdir()) == []

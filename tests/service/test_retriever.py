@@ -16,7 +16,7 @@ from tests.service.conftest import KIND_OF, NUM_CANDIDATES, Exported, Served, ma
 from tfrs_pipeline import Auto, LoadedRetriever, Scann, export, load
 from tfrs_pipeline.durable import Damaged, write_record
 from tfrs_pipeline.search import settings as index
-from tfrs_pipeline.service.publish import INDEX_FOLDER, ITEMS_FILE, MANIFEST_FILE
+from tfrs_pipeline.service.publish import INDEX_FOLDER, ITEMS_FILE, MANIFEST_FILE, SERVICE_FOLDER
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,14 +91,16 @@ def test_refuses_what_it_cannot_answer(served: Served, loaded: LoadedRetriever) 
 
 def test_a_version_is_served_as_exported_or_not_at_all(exported: Exported, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported("int", "scann") / "1", tmp_path / "1"))
-    variables = Path("variables") / "variables.data-00000-of-00001"
-    for name, exact in ((variables, True), (INDEX_FOLDER / "hashed_dataset.npy", False)):
-        # As with an index over other towers: the same graph, but other numbers.
+    tower = SERVICE_FOLDER / "query.tflite"
+    for name, exact in ((tower, True), (INDEX_FOLDER / "hashed_dataset.npy", False)):
+        # As with an index over other towers: the same files, but other numbers.
         whole = (folder / name).read_bytes()
         damage(folder / name, "flipped")
         with pytest.raises(Damaged, match=f"{name}.* towers and index belong together"):
             load(folder, exact=exact)
         (folder / name).write_bytes(whole)
+    # The SavedModel is for others: nothing here reads it.
+    damage(folder / "variables" / "variables.data-00000-of-00001", "flipped")
     load(folder)
     manifest = folder / MANIFEST_FILE
     text = manifest.read_text()

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tfrs_pipeline.exports.saved_model import difference, prove
+from tfrs_pipeline.service.proof import ExportError, difference, prove
 
 EXPECTED = {
     "candidate_ids": np.array([[5, 3, 8, -1]]),
@@ -15,7 +15,7 @@ EXPECTED = {
 }
 
 
-TEXTS = {**EXPECTED, "candidate_ids": np.array([["é".encode(), b"b", b"c", b""]], object)}
+TEXTS = {**EXPECTED, "candidate_ids": np.array([["é", "b", "c", ""]], object)}
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ TEXTS = {**EXPECTED, "candidate_ids": np.array([["é".encode(), b"b", b"c", b""]
         (EXPECTED, {"candidate_ids": np.array([[5, 3, 8]])}, "(1, 3)"),
         (EXPECTED, {"embeddings": np.zeros((1, 2))}, "instead of"),
         (TEXTS, {}, ""),
-        (TEXTS, {"candidate_ids": np.array([[b"e", b"b", b"c", b""]], object)}, "1 of 4"),
+        (TEXTS, {"candidate_ids": np.array([["e", "b", "c", ""]], object)}, "1 of 4"),
     ],
 )
 def test_the_same_answer_and_another(expected: Any, change: Any, message: str) -> None:
@@ -46,4 +46,5 @@ def test_the_same_answer_and_another(expected: Any, change: Any, message: str) -
 def test_files_around_are_not_imported(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "queue.py").write_text("jobs = []")
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    prove({}, [], [], {})
+    with pytest.raises(ExportError, match="No exported model"):
+        prove(here, {}, {"": {}})
