@@ -544,8 +544,8 @@ class Recorder:
         """Returns the distinct ids of items that each user was served lately, newest answer first.
 
         Answers that are not yet written count too, and of an answer its first 100 items. Reading
-        ends after `most` items of a user, those that come again included. Returns also whether that
-        is all for each user.
+        ends after `most` items of a user, where those that come again count too. Returns also
+        whether these are all that users were served lately.
         """
         read = {id_: self._served_lately(id_, lately, most) for id_ in dict.fromkeys(user_ids)}
         lists = [[*dict.fromkeys(read[id_])][:most] for id_ in user_ids]
