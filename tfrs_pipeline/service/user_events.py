@@ -319,7 +319,9 @@ class Journal(Database):
         )
         read: dict[Any, list[Event]] = {}
         with self._opened() as connection:
-            for id_ in dict.fromkeys(user_ids) if connection else ():
+            if connection is None:
+                return {}
+            for id_ in dict.fromkeys(user_ids):
                 rows: list[Any] = []
                 with contextlib.suppress(OverflowError):  # No event has an id beyond 64 bits.
                     for type_ in _OF_USERS:
