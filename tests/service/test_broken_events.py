@@ -1,5 +1,6 @@
 """A file of events that breaks while a server runs, or that an earlier version wrote."""
 
+import os
 import sqlite3
 import subprocess
 from collections.abc import Callable
@@ -113,6 +114,20 @@ def test_a_damaged_file_makes_way_for_another(films: Path) -> None:
         assert send(running, event(102, others[1])).status_code == 200
         assert others[1] not in ask(running)[0]
     assert [e.item_id for e in Journal(films).of_users([102])[102]] == [first, others[1]]
+
+
+def test_nothing_is_written_to_a_file_whose_damage_is_known(tmp_path: Path) -> None:
+    """Its whole pages would take an event, which a backup in its place then lacks."""
+    journal, click = Journal(tmp_path, watch := Watch()), Event(7, 1, 10, "clicked", None, None)
+    journal.write([[click]])
+    watch.failed(Damaged("one page"), journal._stamp(), is_writer=False)
+    assert [*journal.of_users([7])] == [7]
+    with pytest.raises(Damaged, match="one page"):
+        journal.another().write([[click._replace(time=2)]])
+    assert watch.unreadable == "one page"  # A page that can be read says nothing of the others.
+    os.utime(journal.path)  # As of another file.
+    assert journal.another().write([[click._replace(time=2)]]) == [1]
+    assert watch.unreadable == ""
 
 
 def test_another_file_leaves_a_line_in_the_log(
