@@ -177,6 +177,15 @@ def test_health_readiness_and_metrics(small: Running) -> None:
     assert small.get("/readyz").text == "ok: films version 1\n"
 
 
+@pytest.mark.parametrize(
+    "path", ["/healthz", "/metrics", "/", "/page/model", "/v1/models/films", "/x"]
+)
+def test_browsers_take_answers_for_what_their_type_says(running: Running, path: str) -> None:
+    assert running.get(path).headers.get_list("x-content-type-options") == ["nosniff"]
+    answer = running.post(PREDICT, json={"signature_name": "no such"})
+    assert (answer.status_code, answer.headers["x-content-type-options"]) == (400, "nosniff")
+
+
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/"])
 def test_head_answers_like_get_without_a_body(running: Running, path: str) -> None:
     head = running.run(running.client.head(path))

@@ -310,7 +310,7 @@ def test_a_file_of_another_version_is_named(films: Path, tmp_path: Path) -> None
     uses: dict[str, Callable[[Journal], object]] = {
         "ALTER TABLE events DROP COLUMN arrival": lambda journal: journal.of_users([7]),
         "DROP TABLE served": lambda journal: [*journal.log(10)],
-        "ALTER TABLE events ADD COLUMN place": lambda journal: journal.write([[first]]),
+        "PRAGMA application_id = 9": lambda journal: journal.write([[first]]),
         # As of a version that kept ids as text: its repeats would count as new.
         "DROP TABLE event_ids": lambda journal: journal.write([[first]]),
     }
@@ -442,6 +442,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"time": float("nan")}, "time: takes seconds"),
     ({"time": True}, "time: takes seconds"),
     ({"time": "2026-01-01T00:00"}, "time: it has no zone"),
+    ({"time": "2026-01-01T00:00Z\0"}, "time: Invalid isoformat string"),
     ({"time": datetime(2026, 1, 1)}, "time: needs a time zone"),
     ({"type": "buy"}, "type: must be one of click, view, dislike"),
     ({"user_id": "7"}, "user_id: Input should be a valid integer"),
