@@ -205,10 +205,9 @@ def stored_queries(model: Exportable) -> list[Query]:
     offsets = model.histories.offsets
     for row, user in enumerate(model.query_ids[:NUM_QUERIES].tolist(), 1):
         history = model.histories[row][::-1]
-        is_known = history > 0
-        query = {"user_id": user, "history": model.candidate_ids[history[is_known] - 1].tolist()}
+        query = {"user_id": user, "history": model.candidate_ids[history - 1].tolist()}
         if model.history_times is not None:
-            times = model.history_times[offsets[row] : offsets[row + 1]][::-1]
-            query[HISTORY_TIMESTAMPS] = times[is_known]
+            times = model.history_times[offsets[row] : offsets[row + 1]]
+            query[HISTORY_TIMESTAMPS] = times[::-1]
         queries.append(query)
     return queries

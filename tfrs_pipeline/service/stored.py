@@ -163,13 +163,11 @@ class Stored:
         return self.items.rows(item_ids) > 0
 
     def history_rows(self, row: int) -> History:
-        """Returns what a user clicked, most recent first, without items that training lacked."""
-        rows = self._histories[row]
-        is_known = rows > 0
-        if self._times is None:
-            return History(rows[is_known])
-        times = self._times[self._histories.offsets[row] : self._histories.offsets[row + 1]]
-        return History(rows[is_known], times[is_known])
+        """Returns what a user clicked, most recent first."""
+        times = None
+        if self._times is not None:
+            times = self._times[self._histories.offsets[row] : self._histories.offsets[row + 1]]
+        return History(self._histories[row], times)
 
     def history(self, row: int) -> list[tuple[Any, float]]:
         """Returns what a user clicked, oldest first: ids, and seconds since 1970 (NaN: unknown)."""
@@ -191,4 +189,4 @@ class Stored:
         return self._ids(self._disliked[row])
 
     def _ids(self, rows: np.ndarray) -> list[Any]:
-        return list(self.items.values[rows[rows > 0] - 1].tolist())
+        return list(self.items.take(rows).tolist())
