@@ -135,7 +135,7 @@ def export_version(
     def save(
         folder: Path, full: Mapping[str, Any], probes: Answers, embedded: np.ndarray | None
     ) -> dict[str, Answers]:
-        with naming(Path(path)):
+        with naming(Path(path), tf.errors.OpError):
             modules = save_graphs(folder, encoder, full, embedded)
         return {part: answers_of(module, probes) for part, module in modules.items()}
 
