@@ -8,24 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.service.conftest import KIND_OF, NUM_CANDIDATES, Exported, Served, make_served
-from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.durable import StorageError
-from tfrs_pipeline.exports import saved_model as saved_model_module
+from tfrs_pipeline.exports import export as export_module
 from tfrs_pipeline.exports.export import export
 from tfrs_pipeline.exports.saved_model import RetrievalModule
-from tfrs_pipeline.features.categorical import Categorical, Hashed
-from tfrs_pipeline.search.queries import QueryInputs, id_array, padded_ids
+from tfrs_pipeline.search.queries import padded_ids
 from tfrs_pipeline.search.settings import Exact, Scann
 from tfrs_pipeline.service.proof import ExportError
 from tfrs_pipeline.service.retriever import LoadedRetriever, load
-from tfrs_pipeline.service.version import query_table
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +105,14 @@ def test_filters_match_a_loop(served: Served, loaded: LoadedRetriever, data: st.
     allowed = data.draw(st.lists(some_genres, min_size=1, max_size=3))
     excluded = [data.draw(some_ids) for _ in allowed]
     users = served.query_ids[: len(allowed)].tolist()
+    width = max(map(len, allowed))
     inputs = {
-        "user_id": id_array(users, served.ids == "str"),
+        "user_id": served.query_ids[: len(users)],
         "history": padded_ids([[]] * len(users), served.ids == "str"),
         "exclude": padded_ids(excluded, served.ids == "str"),
-        "allowed": padded_ids(allowed, are_text=True),
+        "allowed": np.array(
+            [[*of_query, *[""] * width][:width] for of_query in allowed], object
+        ).reshape(len(allowed), width),
         "gender": np.array(served.genders[: len(users)], object),
         "k": np.int32(k),
     }
@@ -166,7 +165,7 @@ def test_a_full_disk_is_told_by_the_folder_of_the_model(
     def fill_the_disk(*_: Any) -> None:
         raise tf.errors.ResourceExhaustedError(None, None, message)
 
-    monkeypatch.setattr(saved_model_module.tf.saved_model, "save", fill_the_disk)
+    monkeypatch.setattr(export_module.tf.saved_model, "save", fill_the_disk)
     with pytest.raises(StorageError, match=f"^{tmp_path}/films: {told}"):
         export(make_served("int").exportable(), tmp_path / "films", index=Exact())
     assert not [*(tmp_path / "films").glob(".partial*")]
@@ -189,19 +188,6 @@ def test_an_export_logs_nothing_in_a_notebook(
     finally:
         logger.setLevel(level)
     assert logged == ["something else"]
-
-
-def test_requests_are_stored_as_the_model_reads_them() -> None:
-    features = [Categorical("fresh", ("true",)), Hashed("shelf", 4)]
-    given = [{"fresh": True, "shelf": np.nan}, {"fresh": None, "shelf": 7}, {}]
-    items = pa.table({"item_id": [1]})
-    sides = {"query": (), "request": features}
-    inputs = QueryInputs(Ids([1]), Ids([1]), sides, {}, history_length=1, reads_times=False)
-    table = query_table([{"request": request} for request in given], items, inputs)
-    assert table["request"].to_pylist() == [
-        {"fresh": fresh, "shelf": shelf, "timestamp": None}
-        for fresh, shelf in (("true", None), (None, "7"), (None, None))
-    ]
 
 
 @pytest.mark.slow
@@ -239,7 +225,7 @@ def test_a_wrong_export_is_not_published(tmp_path: Path, monkeypatch: pytest.Mon
         bias.assign(before)
 
     saved = tf.saved_model.save
-    monkeypatch.setattr(saved_model_module.tf.saved_model, "save", save_another_model)
+    monkeypatch.setattr(export_module.tf.saved_model, "save", save_another_model)
     with pytest.raises(ExportError, match="differ"):
         export(make_served("int").exportable(), tmp_path / "films", index=Exact())
     assert list((tmp_path / "films").iterdir()) == []

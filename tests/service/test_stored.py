@@ -29,7 +29,7 @@ def written(
     histories: RowLists | None = None,
     known: RowLists | None = None,
     disliked: RowLists | None = None,
-    times: Sequence[float] | None = (9.0, 8.0, 7.0, np.nan),
+    times: Sequence[float] | None = (9.0, 7.0, np.nan),
 ) -> Stored:
     """Writes and reads what a version holds of users 30 and 10, and of items a, b and c."""
     users = np.array(user_ids, np.int64 if isinstance(user_ids[0], int) else object)
@@ -38,8 +38,7 @@ def written(
         user_ids=users,
         item_ids=np.array(["a", "b", "c"], object),
         lists={
-            # Most recent first; in row 0 are items that the training did not have.
-            "histories": histories or lists([2, 0, 1], [3]),
+            "histories": histories or lists([2, 1], [3]),  # Most recent first.
             "known": known or lists([1, 2], [3]),
             "disliked": disliked or lists([3], []),
         },

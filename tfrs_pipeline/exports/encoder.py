@@ -97,8 +97,9 @@ class Encoder(tf.Module):
         disliked = [self._disliked] if self._has_dislikes else []
         if not (tables := left_out(self._rule, [self._known], disliked)):
             return embedded
-        items = [self._items_in(table, user_id) for table in tables]
-        return {**embedded, "known_items": tf.concat(items, axis=1)}
+        # Padded once for both, as the service pads them.
+        rows = tf.concat([_lists(table, query_rows) for table in tables], axis=1).to_tensor()
+        return {**embedded, "known_items": tf.gather(self._candidate_ids, rows)}
 
     def _embed_query(
         self, user_id: tf.Tensor, history: tf.Tensor, **raw: tf.Tensor
@@ -177,10 +178,6 @@ class Encoder(tf.Module):
             "embeddings": self._model().embed_candidates(rows, **_feature_argument(features)),
             "is_known_item": rows > 0,
         }
-
-    def _items_in(self, lists: Sequence[tf.Variable], user_id: tf.Tensor) -> tf.Tensor:
-        rows = _lists(lists, lookup(self._query_rows, user_id)).to_tensor()
-        return tf.gather(self._candidate_ids, rows)
 
 
 def without_users(model: Exportable) -> Exportable:
