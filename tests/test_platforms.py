@@ -1,4 +1,4 @@
-"""The requirements can be installed on the platforms of docs/start/install.md; a test asks an index."""
+"""The requirements resolve on the platforms of docs/start/install.md; a test asks an index."""
 
 import configparser
 import os
@@ -38,7 +38,7 @@ def resolve(requirements: str, platform: str, python: str) -> set[str]:
     command += ["--python-platform", PLATFORMS[platform], "--python-version", python]
     # promise, which tensorflow-datasets needs, is Python alone and has no wheel anywhere.
     command += ["--only-binary", ":all:", "--no-binary", "promise"]
-    # promise is built by the Python that is asked for, which must not see the libraries of this one.
+    # promise is built by the Python that is asked for, which must not see libraries of this one.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     options = {"capture_output": True, "text": True, "env": env}
     done = subprocess.run(command, input=requirements, **options)

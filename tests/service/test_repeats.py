@@ -15,7 +15,7 @@ from tests.service.conftest import NUM_CANDIDATES, Served
 from tfrs_pipeline.exports.export import export
 from tfrs_pipeline.exports.graph_index import load_scann_ops
 from tfrs_pipeline.search.candidates import Candidates
-from tfrs_pipeline.search.queries import padded_ids
+from tfrs_pipeline.search.queries import id_array, padded_ids
 from tfrs_pipeline.search.repeats import RepeatBonus
 from tfrs_pipeline.search.searcher import Searcher
 from tfrs_pipeline.search.settings import Exact, Level, Scann
@@ -137,9 +137,9 @@ def test_a_given_history_counts_in_memory_in_the_graph_and_in_service(
 
 def ask_graph(folder: Path, queries: Sequence[Any], exclude: Any, k: int) -> Any:
     are_text = isinstance(queries[0]["user_id"], str)
-    inputs = {
-        "user_id": [query["user_id"] for query in queries],
-        "history": padded_ids([query["history"] for query in queries], are_text),
+    inputs: dict[str, Any] = {
+        "user_id": id_array([query.get("user_id") for query in queries], are_text),
+        "history": padded_ids([query.get("history", []) for query in queries], are_text),
         "k": k,
     }
     if exclude is not None:

@@ -235,7 +235,7 @@ def test_without_the_extra_the_message_says_what_to_install(
 
     def without_uvicorn(name: str, *arguments: Any) -> Any:
         if name == "uvicorn":
-            raise ModuleNotFoundError("No module named 'uvicorn'")
+            raise ModuleNotFoundError("No module named 'uvicorn'", name="uvicorn")
         return real(name, *arguments)
 
     monkeypatch.delitem(sys.modules, "tfrs_pipeline.service.server")
