@@ -388,7 +388,7 @@ def test_clicks_of_a_millisecond_keep_their_order(films: Path, tmp_path: Path) -
     items, requests = [24, 3, 17, 10], ["z", None, "a", "m"]
     for item, request in zip(items, requests, strict=True):
         retriever.record([event(999, item, time=now, request_id=request)])
-    assert retriever.stored_history(999) == items[::-1]
+    assert retriever.users.history(999) == items[::-1]
     write_log(films, tmp_path / "log.parquet")
     assert pq.read_table(tmp_path / "log.parquet")["item_id"].to_pylist() == items
     log = Log.from_files(tmp_path / "log.parquet").events

@@ -149,9 +149,7 @@ class Engine:
         inputs |= {FEATURE + name: values for name, values in encoded.items()}
         # At least one call: without an item, it still gives the number of dimensions.
         blocks = [
-            self._parts.candidate_tower(
-                {n: x[start : start + ITEMS_PER_CALL] for n, x in inputs.items()}
-            )
+            self._candidate_tower({n: x[start : start + ITEMS_PER_CALL] for n, x in inputs.items()})
             for start in range(0, max(len(rows), 1), ITEMS_PER_CALL)
         ]
         return np.concatenate(blocks), rows > 0
