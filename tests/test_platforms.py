@@ -4,6 +4,7 @@ import configparser
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,7 @@ def resolve(requirements: str, platform: str, python: str) -> set[str]:
     command += ["--only-binary", ":all:", "--no-binary", "promise"]
     # promise is built by the Python that is asked for, which must not see libraries of this one.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    options = {"capture_output": True, "text": True, "env": env}
+    options: Any = {"capture_output": True, "text": True, "env": env}
     done = subprocess.run(command, input=requirements, **options)
     if "Failed to fetch" in done.stderr:
         pytest.skip("no package index can be reached")

@@ -67,7 +67,9 @@ def test_lists_are_those_of_each_user(tmp_path: Path) -> None:
     assert [stored.disliked(row) for row in range(3)] == [[], ["c"], []]
     assert stored.history(0)[0] == []
     assert stored.has_items(["b", "z", None]).tolist() == [True, False, False]
-    np.testing.assert_array_equal(stored.columns["age (years)"], np.float32([1.5, np.nan]))
+    np.testing.assert_array_equal(
+        stored.columns["age (years)"], np.array([1.5, np.nan], np.float32)
+    )
     np.testing.assert_array_equal(stored.columns["tags"], np.eye(2, 3))
     with pytest.raises(ValueError, match="ids are integers"):
         stored.user_rows(["10"])
@@ -105,7 +107,7 @@ def test_a_version_without_users_knows_nobody(tmp_path: Path) -> None:
         items, times = np.array([7]), np.zeros(0)
         Stored.write(tmp_path, user_ids=ids, item_ids=items, lists=named, times=times, columns={})
         are_text = ids.dtype == object
-        manifest = {"users_are_text": are_text, "items_are_text": False}
+        manifest: dict[str, Any] = {"users_are_text": are_text, "items_are_text": False}
         manifest |= {"reads_times": True, "user_features": []}
         stored = Stored(tmp_path, {"stored": manifest})
         assert stored.users.values() == []

@@ -74,7 +74,7 @@ class Encoder(tf.Module):
         self._request_signature = inputs.request_signature
         # As an attribute, each table is saved with the module.
         self._resources = [x.graph_resource for side in self._features.values() for x in side]
-        embeds = dict.fromkeys(inputs.signatures, self._embed_query)
+        embeds: dict[str, Any] = dict.fromkeys(inputs.signatures, self._embed_query)
         embeds["embed_user"] = self._embed_user
         functions = {
             name: traced(embeds[name], [*graph.tensor_specs(specs).values()])
@@ -196,7 +196,7 @@ def without_users(model: Exportable) -> Exportable:
             "A model that has learned an embedding of each user cannot be exported without "
             "user data: train it with use_user_id=False (model.use_user_id)."
         )
-    lists = dict.fromkeys(("histories", "known_positives", "disliked"), RowLists.empty(1))
+    lists: Any = dict.fromkeys(("histories", "known_positives", "disliked"), RowLists.empty(1))
     times = None if model.history_times is None else np.zeros(0)
     ids: dict[str, Any] = {"query_ids": model.query_ids[:0], "query_columns": {}}
     return dataclasses.replace(model, **ids, **lists, history_times=times)
