@@ -47,10 +47,19 @@ def test_no_image_runs_as_root_and_what_is_copied_reaches_the_engine(stages: Any
         # A number, because Kubernetes cannot tell from a name whether it is root.
         assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", dict(stages[name])["USER"])
     sent = (ROOT / ".dockerignore").read_text().splitlines()
-    copied = (text.split()[:-1] for kind, text in stages["build"] if kind == "COPY")
+    lines = [*stages["build"], *stages["app"]]
+    copied = (text.split()[:-1] for kind, text in lines if kind == "COPY")
     for source in itertools.chain.from_iterable(copied):
         assert (ROOT / source).exists()
         assert f"!{source.split('/')[0]}" in sent
+
+
+def test_the_image_that_serves_installs_no_more_than_that(stages: Any) -> None:
+    for image, built, extra in (("serve", "serving", "serve"), ("train", "training", "train")):
+        texts = [text for kind, text in stages[image] if kind == "COPY"]
+        assert texts == [f"--from={built} /opt/venv /opt/venv", "--from=app /opt/app /opt/app"]
+        installed = re.findall(r"pip install .*?'(.*?)'", dict(stages[built])["RUN"])
+        assert installed == [f".[{extra}]"]
 
 
 def test_the_deployment_of_the_guide_fits_the_image(stages: Any) -> None:

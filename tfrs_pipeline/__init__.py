@@ -123,4 +123,9 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+if sys.platform == "win32":
+    raise ImportError(
+        "tfrs_pipeline locks and flushes files as Linux and macOS do, so it does not run on "
+        "Windows: use WSL 2, the Windows Subsystem for Linux."
+    )
 _select_keras_2()
