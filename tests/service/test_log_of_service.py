@@ -401,9 +401,7 @@ def test_past_events_are_recorded_from_a_file(
 def test_past_events_that_change_no_history_are_counted(
     films: Path, tmp_path: Path, command: Any
 ) -> None:
-    activity = load(films).activity
-    assert activity is not None
-    end = datetime.fromtimestamp(activity.until / 1000, UTC)
+    end = datetime.fromtimestamp(load(films).users.until / 1000, UTC)
     later = [end + timedelta(milliseconds=n) for n in range(-1, 4)]
     items, file = [3, 10, 17, 999_999, 24], tmp_path / "past.parquet"
     past = {"user_id": [999] * 5, "item_id": items, "type": ["click"] * 5, "time": later}

@@ -96,11 +96,10 @@ def test_a_click_changes_the_next_answer(served: Served, model: Path) -> None:
         assert ranked(ids[line : line + 1], scores[line : line + 1]) == pytest.approx(
             single, abs=1e-5
         )
-    is_text = served.ids == "str"
-    user_ids = np.array([id_.encode() for id_ in users], object) if is_text else np.array(users)
+    user_ids = np.array(users, served.query_ids.dtype)
     empty = np.zeros((3, 0), user_ids.dtype)
     request: dict[str, Any] = {"user_id": user_ids, "exclude": empty, "k": np.int32(K)}
-    answer = retriever.answer("retrieve_user", request)
+    answer = retriever.engine.answer("retrieve_user", request)
     np.testing.assert_array_equal(answer["candidate_ids"], ids)
     assert answer["num_known_items"].tolist() == [8, 6, 2]
     # What the request brings wins.
