@@ -1,9 +1,9 @@
 """Sends a server every kind of request for an hour: no good one may fail, memory must settle.
 
 The load: good requests, small and as large as is allowed; hostile ones; connections that send a
-byte at a time; live writes; new versions, every fifth of them broken; stops and restarts at the
-same port. A client repeats a request if its connection was refused, or closed without a byte of an
-answer; any other answer than a 200 is a failure. The writer removes the best items of a user and
+body a byte at a time; live writes; new versions, every fifth of them broken; stops and restarts at
+the same port. A client repeats a request if its connection was refused, or closed without a byte of
+an answer; any other answer than a 200 is a failure. The writer removes the best items of a user and
 puts them back; an answer that holds a removed item, or lacks one that is back, is a failure too.
 Before the load, the script measures a small client's latency alone and beside the largest requests,
 in turn.
@@ -178,7 +178,9 @@ def run_load(port: int, seconds: float) -> dict[str, Any]:
             try:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 end = asyncio.create_task(reader.read())
-                for byte in post(b"{}")[:40]:
+                body = b"x" * 40
+                writer.write(post(body)[: -len(body)])
+                for byte in body:
                     writer.write(bytes([byte]))
                     await asyncio.sleep(1)
                     if end.done():

@@ -10,7 +10,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,29 @@ def parser_with_json(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def spent(command: Sequence[str], env: Mapping[str, str] | None = None) -> dict[str, float]:
+    """Runs a command; returns its seconds, CPU seconds and the peak memory of a process in GiB.
+
+    Processes that it starts count too. A `RuntimeError` if it fails.
+
+    Args:
+        command: The program and its arguments. What it prints is dropped, errors are not.
+        env: Its environment; None is that of this process.
+    """
+    start = time.perf_counter()
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{shlex.join(command)} ended with {process.returncode}")
+    return {
+        "seconds": seconds,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "peak_gib": used.ru_maxrss / 2**20,
+    }
+
+
 def write_json(path: Path, figures: Mapping[str, Any], *, seed: int | None = None) -> None:
     """Writes figures beside the date, the command, the commit, the machine and library versions.
 
@@ -81,12 +105,13 @@ def command(arguments: list[str]) -> str:
     return shlex.join(["python", f"benchmarks/{Path(script).name}", *names])
 
 
-def commit() -> str | None:
-    """Returns the commit of the code that runs, with "+" if it was changed since; None outside git.
+def commit(checkout: Path = Path(__file__).parents[1]) -> str | None:
+    """Returns the commit of a checkout, with "+" if it was changed since; None outside git.
 
-    Results that other benchmarks wrote do not count as changes.
+    The default is that of the code that runs. Results that other benchmarks wrote do not count as
+    changes.
     """
-    git = ["git", "-C", str(Path(__file__).parents[1])]
+    git = ["git", "-C", str(checkout)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if head.returncode:
         return None

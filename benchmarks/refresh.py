@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from live import Reader
-from record import parser_with_json, write_json
+from record import parser_with_json, spent, write_json
 from serving import NAME, Clusters
 
 from tfrs_pipeline.exports.export import export
@@ -47,17 +45,7 @@ def refresh(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     )
     command = [sys.executable, "-c", script, str(folder / NAME), str(items)]
     command += [str(options.target_recall)]
-    start = time.perf_counter()
-    process = subprocess.Popen(command)
-    _, code, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(code)
-    if process.returncode:
-        raise RuntimeError(f"the refresh ended with {process.returncode}")
-    return {
-        "seconds": time.perf_counter() - start,
-        "cpu_seconds": used.ru_utime + used.ru_stime,
-        "peak_gib": used.ru_maxrss / 2**20,
-    }
+    return spent(command)
 
 
 def rebuild(folder: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Measures the server: time and throughput beside the same calls in process, swaps, memory.
+"""Measures the server: time and throughput beside the same calls in process.
 
 The model has random clusters, 64-d, with a ScaNN index tuned to .95 of the exact top 100. A request
 is `retrieve_user` of a random user at k = 100. Clients are connections, from their own process on
@@ -16,15 +16,12 @@ import contextlib
 import itertools
 import json
 import multiprocessing
-import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,41 +44,56 @@ SERVED = {
 class Clusters:
     """Items in clusters, and users whose histories lie within one each.
 
-    A query's embedding is the mean of its history's; see `tp.Exportable`.
+    A query's embedding is the mean of its history's; see `tp.Exportable`. Users and items have the
+    ids 0, 1, ...
     """
 
-    def __init__(self, num_candidates: int, seed: int) -> None:
+    def __init__(
+        self,
+        num_candidates: int,
+        seed: int,
+        *,
+        num_users: int = NUM_USERS,
+        history_length: int = HISTORY_LENGTH,
+        dim: int = EMBEDDING_DIM,
+    ) -> None:
         import pyarrow as pa
         import tensorflow as tf
 
         from tfrs_pipeline.samples.store import RowLists
 
         rng = np.random.default_rng(seed)
-        cluster = rng.integers(0, NUM_CLUSTERS, num_candidates)
-        points = rng.normal(size=(NUM_CLUSTERS, EMBEDDING_DIM))[cluster]
+        cluster = np.arange(num_candidates) % NUM_CLUSTERS
+        points = rng.normal(size=(NUM_CLUSTERS, dim))[cluster]
         points += 0.5 * rng.normal(size=points.shape)
         points /= np.linalg.norm(points, axis=1, keepdims=True)
-        table = np.concatenate([np.zeros((1, EMBEDDING_DIM)), points])
+        table = np.concatenate([np.zeros((1, dim)), points])
         self.table = tf.Variable(table.astype(np.float32))
-        members = [1 + np.flatnonzero(cluster == c).astype(np.int32) for c in range(NUM_CLUSTERS)]
-        lists = [np.zeros(0, np.int32)]
-        lists += [rng.choice(members[u % NUM_CLUSTERS], HISTORY_LENGTH) for u in range(NUM_USERS)]
-        self.histories = RowLists.from_lists(lists)
-        self.known_positives = RowLists.from_lists([np.unique(rows) for rows in lists])
+        shape, num_members = (num_users, history_length), num_candidates // NUM_CLUSTERS
+        user_clusters = np.arange(num_users)[:, np.newaxis] % NUM_CLUSTERS
+        rows = 1 + user_clusters + NUM_CLUSTERS * rng.integers(num_members, size=shape)
+        rows = rows.astype(np.int32)
+        # Row 0, the unknown user, has an empty list.
+        offsets = np.append(0, history_length * np.arange(num_users + 1))
+        self.histories = RowLists(offsets, rows.ravel())
+        rows = np.sort(rows, axis=1)
+        is_first = np.diff(rows, axis=1, prepend=0) > 0
+        self.known_positives = RowLists(offsets, rows.ravel()).where(is_first.ravel())
+        self.history_length, self.query_ids = history_length, np.arange(num_users)
         titles = [f"Item {i} of cluster {c}" for i, c in enumerate(cluster.tolist())]
         self.items = pa.table({"item_id": np.arange(num_candidates), "title": titles})
 
     def exportable(self) -> Any:
         """Gathers what an export asks for."""
-        from tfrs_pipeline.model.exportable import Exportable
+        import tfrs_pipeline as tp
 
-        return Exportable(
+        return tp.Exportable(
             embed_queries=self.embed_queries,
             embed_candidates=self.embed_candidates,
             variables=[self.table],
             items=self.items,
-            query_ids=np.arange(NUM_USERS),
-            history_length=HISTORY_LENGTH,
+            query_ids=self.query_ids,
+            history_length=self.history_length,
             histories=self.histories,
             known_positives=self.known_positives,
         )
@@ -102,12 +114,10 @@ class Clusters:
 
 def build_export(directory: Path, num_candidates: int, seed: int) -> Path:
     """Exports items in clusters with a ScaNN index."""
-    from tfrs_pipeline.exports.export import export
-    from tfrs_pipeline.search.settings import Scann
+    import tfrs_pipeline as tp
 
     model = Clusters(num_candidates, seed)
-    index = Scann(recall=0.95)
-    return export(model.exportable(), directory / NAME, index=index)
+    return tp.export(model.exportable(), directory / NAME, index=tp.Scann(recall=0.95))
 
 
 @dataclass
@@ -158,16 +168,30 @@ def over_http(port: int, num_clients: int, seconds: float) -> Figures:
     return Figures(latencies, failed, elapsed)
 
 
-def run_clients(port: int, num_clients: int, seconds: float) -> tuple[list[float], int, float]:
-    """Runs clients until the time is over; returns latencies, failures and seconds."""
+def run_clients(
+    port: int,
+    num_clients: int,
+    seconds: float,
+    *,
+    name: str = NAME,
+    num_users: int = NUM_USERS,
+    k: int = 100,
+    most: int | None = None,
+) -> tuple[list[float], int, float]:
+    """Runs clients of users 0, 1, ... until the time is over, or each has sent `most` requests.
+
+    Returns the latencies of answers, the number of failures, and seconds.
+    """
 
     async def client(seed: int, until: float, latencies: list[float]) -> int:
-        users = np.random.default_rng(seed).permutation(NUM_USERS).tolist()
-        requests = itertools.cycle([request(user) for user in users])
+        users = np.random.default_rng(seed).integers(num_users, size=most or 1000).tolist()
+        requests = [request(user, name, k) for user in users]
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         failed = 0
-        while (start := time.perf_counter()) < until:
-            writer.write(next(requests))
+        for data in itertools.cycle(requests) if most is None else requests:
+            if (start := time.perf_counter()) >= until:
+                break
+            writer.write(data)
             head = await reader.readuntil(b"\r\n\r\n")
             length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
             await reader.readexactly(length)
@@ -188,16 +212,16 @@ def run_clients(port: int, num_clients: int, seconds: float) -> tuple[list[float
     return uvloop.run(run())
 
 
-def request(user: int) -> bytes:
+def request(user: int, name: str = NAME, k: int = 100) -> bytes:
     """Writes a request, as a client that keeps its connection does."""
     body = json.dumps(
         {
             "signature_name": "retrieve_user",
-            "inputs": {"user_id": [user], "exclude": [[]], "k": 100},
+            "inputs": {"user_id": [user], "exclude": [[]], "k": k},
         }
     ).encode()
     head = (
-        f"POST /v1/models/{NAME}:predict HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        f"POST /v1/models/{name}:predict HTTP/1.1\r\nHost: 127.0.0.1\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
@@ -235,9 +259,9 @@ def measure_latency(
     model: Path, clients: Sequence[int], seconds: float, rounds: int
 ) -> dict[str, Any]:
     """Measures every way to ask, in turn, so that a busy machine affects all alike."""
-    from tfrs_pipeline.service.retriever import load
+    import tfrs_pipeline as tp
 
-    retriever = load(model)
+    retriever = tp.load(model)
     retriever.retrieve_user([1], 100)
     figures: dict[str, dict[int, list[Figures]]] = {
         name: {n: [] for n in clients} for name in (IN_PROCESS, *SERVED)
@@ -268,58 +292,6 @@ def _pooled(runs: Sequence[Figures]) -> Figures:
     )
 
 
-def measure_swaps(model: Path, num_swaps: int, num_clients: int) -> dict[str, Any]:
-    """Puts new versions in place while clients ask; the server must follow without a failure."""
-    newest = max(int(path.name) for path in model.iterdir())
-    memory = []
-    with served(model, "--no-page", "--poll-seconds", "0.2") as (port, pid):
-        over_http(port, num_clients, 2)
-        memory.append(resident_mib(pid))
-        context = multiprocessing.get_context("spawn")
-        latencies: list[float] = []
-        failed = 0
-        with context.Pool(1) as pool:
-            for version in range(newest + 1, newest + 1 + num_swaps):
-                partial = model / f".partial-{version}"
-                shutil.copytree(model / str(newest), partial)
-                os.rename(partial, model / str(version))
-                while _version(port) != version:
-                    more, wrong, _ = pool.apply(run_clients, (port, num_clients, 1.0))
-                    latencies += more
-                    failed += wrong
-                memory.append(resident_mib(pid))
-                if version - 1 > newest:
-                    shutil.rmtree(model / str(version - 1))
-    return {
-        "num_swaps": num_swaps,
-        "num_clients": num_clients,
-        "num_requests": len(latencies),
-        "num_failed": failed,
-        "p99_ms": float(np.percentile(latencies, 99)),
-        "resident_mib": {
-            "before": memory[0],
-            **{f"after {n} swaps": memory[n] for n in (1, num_swaps // 2, num_swaps)},
-        },
-    }
-
-
-def _version(port: int) -> int:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models/{NAME}") as answer:
-        statuses = json.load(answer)["model_version_status"]
-    return next(int(s["version"]) for s in statuses if s["state"] == "AVAILABLE")
-
-
-def measure_memory(model: Path, seconds: float, rounds: int) -> dict[str, Any]:
-    """Reads the server's memory between rounds of load."""
-    with served(model, "--no-page") as (port, pid):
-        over_http(port, 8, seconds)
-        memory, num_requests = [resident_mib(pid)], 0
-        for _ in range(rounds):
-            num_requests += len(over_http(port, 8, seconds).latencies_ms)
-            memory.append(resident_mib(pid))
-    return {"num_requests": num_requests, "resident_mib": [memory[0], memory[-1]]}
-
-
 def main() -> None:
     """Runs the benchmark."""
     parser = parser_with_json(__doc__)
@@ -327,7 +299,6 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--seconds", type=float, default=3.0, help="Of each run (3).")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--swaps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -346,18 +317,12 @@ def main() -> None:
             for name in SERVED
         }
         print(f"p50 over HTTP / in process: {overhead}")
-        memory = measure_memory(folder, options.seconds, 5)
-        print(f"memory under load: {memory}")
-        swaps = measure_swaps(folder.parent, options.swaps, 8)
-        print(f"swaps: {swaps}")
     if options.json:
         figures = {
             "num_candidates": options.candidates,
             "least_index_recall": recall,
             "latency": latency,
             "p50_ratio_to_in_process": overhead,
-            "memory_under_load": memory,
-            "swaps": swaps,
         }
         write_json(options.json, figures, seed=options.seed)
 

@@ -74,8 +74,9 @@ _NAMES = {
     "settings": ("ConfigError",),
 }
 # Other modules that users may import from: sources of logs, base classes and lists of custom
-# features, baselines and metrics, and the command line, for a program that adds such.
-PUBLIC_MODULES = ["cli", "features.kinds", "features.numeric"]
+# features, baselines and metrics, checks of custom negatives, and the command line, for a program
+# that adds such.
+PUBLIC_MODULES = ["cli", "features.kinds", "features.numeric", "testing"]
 PUBLIC_MODULES += ["evaluation.baselines", "evaluation.metrics"]
 PUBLIC_MODULES += ["sources.movielens", "sources.simulated"]
 PUBLIC = dict(sorted((name, module) for module, names in _NAMES.items() for name in names))
@@ -106,7 +107,14 @@ def _select_keras_2() -> None:
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{PUBLIC[name]}"), name)
+    try:
+        module = importlib.import_module(f"{__name__}.{PUBLIC[name]}")
+    except ModuleNotFoundError as error:
+        from tfrs_pipeline.libraries import raise_missing
+
+        raise_missing(error, f"tfrs_pipeline.{name}")
+        raise
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

@@ -1,8 +1,7 @@
 """Compares evaluation, from the rows of a log to its numbers, with plain Python loops over users.
 
 The loops use neither NumPy nor the package: they read the rows, ask as the protocol says, rank all
-items and count. From the log they take only its rule for equal times and, for "random", the order
-that it drew.
+items and count. From the log they take only its rule for equal times.
 """
 
 import dataclasses
@@ -17,7 +16,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.small_log import column
 from tfrs_pipeline import Holdout, Log, Query, Reading, evaluate
 from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.schema import AskedBy, Exclude, Ties
@@ -38,7 +36,6 @@ class Row(NamedTuple):
     stage: str
     request: int | None
     part: str
-    number: int  # Place in the order of events at the same time.
     line: int
 
     @property
@@ -62,7 +59,7 @@ def disliked_in(rows: list[Row]) -> set[tuple[int, int]]:
 
 
 def in_time(row: Row) -> tuple[int, int]:
-    return row.day, row.number
+    return row.day, row.line
 
 
 def queries_of(rows: list[Row], part: str, by: AskedBy, rule: str) -> Iterator[Asked]:
@@ -98,7 +95,7 @@ def queries_of(rows: list[Row], part: str, by: AskedBy, rule: str) -> Iterator[A
         for group in groups:
             page = [x for x in rows if x.user == user and x.request == group[0].request is not None]
             start = min([*group, *page], key=in_time)
-            same_day = [row for row in own if row.day == start.day and row.number < start.number]
+            same_day = [row for row in own if row.day == start.day and row.line < start.line]
             before = [row for row in own if row.day < start.day]
             before += same_day if rule != "drop" else []
             yield asked(user, before, before, group, [row for row in tied if row in group])
@@ -256,17 +253,8 @@ def read(rows: list[Any], ties: Ties, has_time: bool, has_request: bool) -> tupl
     features = {"line": "numeric"}
     reading = Reading(ties=ties)
     log = Log.from_table(table, reading=reading, request_features=features, connection=CONNECTION)
-    lines, numbers = (column(log.events, name) for name in ("line", "event_number"))
-    drawn = {int(line): number for line, number in zip(lines, numbers, strict=True)}
-    if log.ties == "random":
-        for day in {*days}:  # The draw permutes the numbers of a user's events at the same time.
-            for user in {*users}:
-                tied = [i for i in drawn if (users[i], days[i]) == (user, day)]
-                assert {drawn[i] for i in tied} == {*tied}
-    else:
-        drawn = {line: line for line in drawn}
     read = zip(users, items, days, stages, requests, parts, strict=True)
-    return log, [Row._make([*row, drawn[line], line]) for line, row in enumerate(read)]
+    return log, [Row._make([*row, line]) for line, row in enumerate(read)]
 
 
 def check_holdout(holdout: Holdout, queries: list[Asked], has_time: bool) -> None:
@@ -311,7 +299,7 @@ ROWS = st.lists(
 @settings(max_examples=10, deadline=None)
 @given(
     rows=ROWS,
-    ties=st.sampled_from(["auto", "order", "random", "drop"]),
+    ties=st.sampled_from(["auto", "order", "drop"]),
     has_time=st.sampled_from([True, True, False]),
     has_request=st.sampled_from([True, True, False]),
     part=st.sampled_from(["validation", "test"]),

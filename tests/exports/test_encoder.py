@@ -45,7 +45,7 @@ def model() -> Exportable:
 
 
 def test_lists_are_those_of_each_user() -> None:
-    encoder = Encoder(model())
+    encoder: Any = Encoder(model())
     answer = encoder.embed_user(
         tf.constant([30, 10, 99], tf.int64), tf.constant([19.5, np.nan, 4], tf.float64)
     )
@@ -62,7 +62,7 @@ def test_lists_are_those_of_each_user() -> None:
 
 
 def test_a_given_history_has_its_times_relative_to_the_latest() -> None:
-    encoder = Encoder(model())
+    encoder: Any = Encoder(model())
     history = tf.constant([["a", "z", "b", "c"], ["c", "", "", ""]])
     times = tf.constant([[50.5, 60, 70, np.nan], [9, np.nan, np.nan, np.nan]], tf.float64)
     now = tf.constant([np.nan, 12.9], tf.float64)
@@ -80,7 +80,7 @@ def test_a_given_history_has_its_times_relative_to_the_latest() -> None:
 
 
 def test_without_user_data_nobody_is_known() -> None:
-    encoder = Encoder(model(), user_data=False)
+    encoder: Any = Encoder(model(), user_data=False)
     assert encoder.embed_user is None
     held = [variable.numpy() for variable in encoder.variables]
     assert not any(30 in array for array in held if array.dtype.kind == "i")

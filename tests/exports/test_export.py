@@ -106,7 +106,7 @@ def test_filters_match_a_loop(served: Served, loaded: LoadedRetriever, data: st.
     excluded = [data.draw(some_ids) for _ in allowed]
     users = served.query_ids[: len(allowed)].tolist()
     width = max(map(len, allowed))
-    inputs = {
+    inputs: dict[str, Any] = {
         "user_id": served.query_ids[: len(users)],
         "history": padded_ids([[]] * len(users), served.ids == "str"),
         "exclude": padded_ids(excluded, served.ids == "str"),

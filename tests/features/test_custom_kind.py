@@ -55,7 +55,11 @@ class Cyclic(Feature):
     def from_text(text: str) -> float:
         return float(text)
 
-    def encoded(self, raw: tf.Tensor) -> tf.Tensor:
+    def encoded(self, raw: np.ndarray) -> np.ndarray:
+        angle = raw * (2 * np.pi / self.period)
+        return np.stack([np.sin(angle), np.cos(angle)], axis=1, dtype=np.float32)
+
+    def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
         angle = raw * (2 * np.pi / self.period)
         return tf.cast(tf.stack([tf.sin(angle), tf.cos(angle)], axis=1), tf.float32)
 

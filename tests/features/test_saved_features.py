@@ -16,8 +16,9 @@ import tensorflow as tf
 
 from tests.features.columns import NUM_NEW, fit, fitted_features, new_columns, new_tensors
 from tfrs_pipeline.features.categorical import Categorical, Hashed, MultiCategorical
-from tfrs_pipeline.features.encoding import encode_raw, raw_columns, raw_signature
+from tfrs_pipeline.features.encoding import raw_columns, raw_signature
 from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.features.graph import encode_raw, tensor_specs
 from tfrs_pipeline.features.numeric import Numeric
 
 
@@ -28,7 +29,8 @@ class Served(tf.Module):
         super().__init__()
         self.tables = [feature.graph_resource for feature in features]
         self.encode = tf.function(
-            lambda raw: encode_raw(features, raw), input_signature=[raw_signature(features)]
+            lambda raw: encode_raw(features, raw),
+            input_signature=[tensor_specs(raw_signature(features))],
         )
 
     def save(self, folder: Path) -> None:
@@ -59,10 +61,15 @@ def test_a_loaded_model_encodes_as_the_training_did(tmp_path: Path) -> None:
 
 def test_lists_of_a_request_are_cut_and_padded() -> None:
     feature = MultiCategorical("genres", ("a", "b", "c"), num_values=3)
-    raw = tf.constant([["x", "c", "", "a"], ["b", "b", "", ""], ["", "", "", "a"]])
-    assert feature.encode(raw).numpy().tolist() == [[3, 1, 0], [2, 2, 0], [1, 0, 0]]
-    assert feature.encode(raw[:, :1]).numpy().tolist() == [[0] * 3, [2, 0, 0], [0] * 3]
-    assert feature.encode(raw[:, :0]).numpy().tolist() == [[0] * 3] * 3
+    raw = np.array([["x", "c", "", "a"], ["b", "b", "", ""], ["", "", "", "a"]], object)
+    for width, expected in (
+        (4, [[3, 1, 0], [2, 2, 0], [1, 0, 0]]),
+        (1, [[0] * 3, [2, 0, 0], [0] * 3]),
+        (0, [[0] * 3] * 3),
+    ):
+        assert feature.encode(raw[:, :width]).tolist() == expected
+        tensor = tf.constant(raw[:, :width], tf.string)
+        assert feature.encode_in_graph(tensor).numpy().tolist() == expected
 
 
 def test_names_that_no_signature_can_have_are_replaced(tmp_path: Path) -> None:

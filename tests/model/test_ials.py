@@ -8,6 +8,7 @@ import pytest
 
 import tfrs_pipeline as tp
 from tests.model.conftest import make_log, untrained
+from tfrs_pipeline.evaluation.evaluate import Truth
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fitted_model import encoder_of
 from tfrs_pipeline.model.ials import HISTORY_LENGTH, FittedIals
@@ -62,7 +63,9 @@ def test_a_sum_with_ials_is_fitted_exported_and_asked(tmp_path: Path) -> None:
     data = TrainingSet.build(train, tmp_path / "samples", seed=0)
     tower = untrained(tp.TwoTower(dim=4, history_length=3, history_pooling=["mean"]), data.corpus)
     # iALS comes first, so that the export takes what users did from it.
-    model = tp.Sum({"ials": SETTINGS, "towers": tower}, [1, 0.5], dim=99).fit(train, validation)
+    members = {"ials": FittedIals.fit(SETTINGS, train), "towers": tower}
+    queries = Truth.of(validation, "clicked").queries
+    model = tp.FittedSum.of(members, {"ials": 1.0, "towers": 0.5}, queries, dim=99)
     assert model.towers.history_length == HISTORY_LENGTH
     folder = tp.export(model, tmp_path / "sum", index=tp.Exact(), queries=KNOWN)
     loaded = tp.load(folder)

@@ -25,8 +25,7 @@ WEEKDAY = Numeric("weekday", is_from_timestamp=True)
 
 
 def encoded(*requests: dict[str, Any]) -> dict[str, np.ndarray]:
-    found = encode_requests((HOUR, WEEKDAY), raw_requests((HOUR, WEEKDAY), requests))
-    return {name: tensor.numpy() for name, tensor in found.items()}
+    return encode_requests((HOUR, WEEKDAY), raw_requests((HOUR, WEEKDAY), requests))
 
 
 @settings(max_examples=40)
@@ -68,7 +67,7 @@ def test_a_boolean_is_one_value_however_a_table_writes_it(kind: Any, tmp_path: P
         np.testing.assert_array_equal(feature.encode_column(column), of_samples)
     # The same as text, as a client sends it.
     for texts in (words, upper, lower):
-        raw = tf.reshape(tf.constant(texts), [4, *(1 for _ in feature.raw_spec.shape[1:])])
+        raw = np.reshape(texts, [4, *(1 for _ in feature.raw_spec.shape[1:])])
         np.testing.assert_array_equal(feature.encode(raw), of_samples)
 
 
@@ -82,7 +81,7 @@ def test_a_whole_float_of_a_request_is_the_integer_of_the_log(kind: Any, tmp_pat
         np.testing.assert_array_equal(feature.encode_column(column), of_samples)
     assert len(set(of_samples.tolist())) == 3
     # The same as text, as a client sends it.
-    np.testing.assert_array_equal(feature.encode(tf.constant(["3.0", "4.0", "", "3"])), of_samples)
+    np.testing.assert_array_equal(feature.encode(np.array(["3.0", "4.0", "", "3"])), of_samples)
     # Not if some values are fractions: then 3.0 is a value like the others.
     prices = Categorical.fit("price", [3.0, 3.5])
     assert prices.encode_column([3.0, 3.5]).all()

@@ -357,8 +357,19 @@ def test_a_sum_in_python_fits_chooses_and_exports(tmp_path: Path) -> None:
         tp.TwoTower(dim=4, seed=seed, training=training, negatives=[tp.Uniform(8)])
         for seed in (0, 1)
     ]
-    model = tp.Sum(plans, weights=[1, 0.5], dim=6).fit(train, validation, folder=tmp_path / "fit")
-    assert model.weights == {"model 1": 1, "model 2": 0.5}
+    summed = tp.Sum(plans, dim=6, metric="ndcg@5").fit(train, validation, folder=tmp_path)
+    assert set(summed.weights) <= {"model 1", "model 2"}
+    assert summed.notes
+    # Those that it has fitted, read from where it keeps them.
+    fitted = {
+        name: plan.fit(train, validation, folder=tmp_path / name)
+        for name, plan in zip(("model 1", "model 2"), plans, strict=True)
+    }
+    by_hand = tp.Sum(fitted, dim=6, metric="ndcg@5").fit(None, validation)
+    assert by_hand.weights == summed.weights
+    np.testing.assert_array_equal(by_hand.corpus_embeddings(), summed.corpus_embeddings())
+    weights = {"model 1": 1.0, "model 2": 0.5}
+    model = tp.FittedSum.of(fitted, weights, QUERIES, dim=6)
     assert model.query_embeddings([{}]).shape == (1, 6)
     # By a second route: the products of the sum's vectors.
     metric, truth = tp.metric_of("recall@5"), Truth.of(test, "clicked")
@@ -366,15 +377,10 @@ def test_a_sum_in_python_fits_chooses_and_exports(tmp_path: Path) -> None:
     by_hand = measure_vectors(*vectors, truth, metric)
     measured = tp.evaluate(model, test, metrics=[metric]).first
     np.testing.assert_array_equal(by_hand, measured.per_query["recall@5"])
-    # Fitted members are not fitted again, and an Exportable is summed as the model itself.
-    again = tp.Sum(
-        [model.members["model 1"], model.members["model 2"].exportable()], [1, 0.5], dim=6
-    )
-    ids, _ = again.fit(None, validation).retrieve(QUERIES, k=5)
+    # An Exportable is summed as the model itself.
+    exportable = {**fitted, "model 2": fitted["model 2"].exportable()}
+    ids, _ = tp.FittedSum.of(exportable, weights, QUERIES, dim=6).retrieve(QUERIES, k=5)
     np.testing.assert_array_equal(ids, model.retrieve(QUERIES, k=5)[0])
-    free = tp.Sum(list(model.members.values()), metric="ndcg@5").fit(None, validation)
-    assert set(free.weights) <= {"model 1", "model 2"}
-    assert free.notes
 
 
 def test_a_sum_has_a_repeat_bonus_of_its_own(
@@ -385,10 +391,9 @@ def test_a_sum_has_a_repeat_bonus_of_its_own(
     monkeypatch.setattr(
         sums, "bonus_for", lambda *arguments: bonus if arguments[3] == "none" else None
     )
-    weights = {"means": 1.0, "recent": 0.3}
-    model = tp.Sum(members, weights).fit(None, validation, exclude="none")
+    model = tp.Sum(members).fit(None, validation, exclude="none")
     assert model.repeat_bonus == model.exportable().repeat_bonus == bonus
-    assert tp.Sum(members, weights).fit(None, validation).repeat_bonus is None
+    assert tp.Sum(members).fit(None, validation).repeat_bonus is None
     own = model.retrieve([{"history": [10]}], k=1)[0]
     assert own.tolist() == [[10]]
 
@@ -397,11 +402,6 @@ def test_a_sum_has_a_repeat_bonus_of_its_own(
     ("members", "options", "message"),
     [
         ([3], {}, "adds up tp.TwoTower.*model 1: 3"),
-        ([tp.TwoTower()], {"weights": [1, 2]}, "one number above 0 for each of the models model 1"),
-        ([tp.TwoTower()], {"weights": [-1]}, "one number above 0"),
-        ([tp.TwoTower()], {"weights": [np.nan]}, "one number above 0"),
-        ([tp.TwoTower()], {"weights": 1}, "one number above 0"),
-        ({"a": tp.TwoTower()}, {"weights": {"b": 1}}, "one number above 0.* models a. .*'b'"),
         ([tp.TwoTower()], {"metric": "ndgc@20"}, "metric must be .*did you mean 'ndcg@20'"),
         ([tp.TwoTower()], {"dim": 0}, "dim must be a whole number, 1 or more"),
         ([], {}, "needs models in a list, or by name"),

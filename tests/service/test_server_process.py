@@ -1,6 +1,6 @@
 """`tfrs-pipeline serve` as a user runs it: flags, sockets, signals."""
 
-import builtins
+import asyncio
 import json
 import re
 import shutil
@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from tests.service.conftest import Exported
 from tests.service.running_server import GOOD, PREDICT, TEXT
@@ -155,6 +157,34 @@ def test_everything_at_once_and_no_good_request_fails() -> None:
     assert "'num_failed': 0" in done.stdout
 
 
+def test_requests_get_503_while_too_many_connections_are_open(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {x: signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)}
+    configs: list[uvicorn.Config] = []
+    monkeypatch.setattr(server.ModelVersions, "load_first", lambda self: None)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: configs.append(self.config))
+    try:
+        server.serve(folder, ServeSettings(port=0, max_connections=2), print)
+    finally:
+        for x, handler in before.items():
+            signal.signal(x, handler)
+    configs[0].lifespan = "off"  # It would load versions.
+    listener = socket.create_server(("127.0.0.1", 0))
+    running = uvicorn.Server(configs[0])
+    thread = threading.Thread(target=lambda: asyncio.run(running.serve([listener])))
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/healthz"
+        with httpx.Client() as first, httpx.Client() as second, httpx.Client() as third:
+            assert [client.get(url).status_code for client in (first, second)] == [200, 200]
+            assert third.get(url).status_code == 503  # And closes the third connection.
+            assert [client.get(url).status_code for client in (first, second)] == [200, 200]
+    finally:
+        running.should_exit = running.force_exit = True
+        thread.join()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_while_the_first_version_loads_is_no_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
@@ -195,21 +225,3 @@ def test_flags_become_settings(folder: Path, monkeypatch: pytest.MonkeyPatch, co
     assert got[0] == folder
     hosts = ("a.example", "*.b.example")
     assert got[1] == ServeSettings(host="::1", allowed_hosts=hosts, page=False, max_k=7)
-
-
-def test_without_the_extra_the_message_says_what_to_install(
-    folder: Path, command: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = builtins.__import__
-
-    def without_uvicorn(name: str, *arguments: Any) -> Any:
-        if name == "uvicorn":
-            raise ModuleNotFoundError("No module named 'uvicorn'")
-        return real(name, *arguments)
-
-    monkeypatch.delitem(sys.modules, "tfrs_pipeline.service.server")
-    monkeypatch.setattr(builtins, "__import__", without_uvicorn)
-    code, _, err = command("serve", folder)
-    assert code == 1
-    assert "pip install -c constraints.txt -e '.[serve]'" in err
-    assert "No module named 'uvicorn'" in err

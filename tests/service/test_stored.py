@@ -47,6 +47,7 @@ def written(
     )
     manifest = {
         "users_are_text": users.dtype == object,
+        "items_are_text": True,
         "reads_times": times is not None,
         "user_features": ["age (years)", "tags"],
     }
@@ -57,18 +58,18 @@ def test_lists_are_those_of_each_user(tmp_path: Path) -> None:
     stored = written(tmp_path)
     assert stored.users.values() == [30, 10]
     assert stored.user_rows([10, 99, None, 30]) == [2, 0, 0, 1]
-    assert stored.history(1) == [("a", 7.0), ("b", 9.0)]
-    rows, times = stored.history_rows(1)
-    assert times is not None
-    assert (rows.tolist(), times.tolist()) == ([2, 1], [9, 7])  # Most recent first.
-    ((item, time),) = stored.history(2)
-    assert item == "c"
-    assert np.isnan(time)
+    ids, times = stored.history(1)
+    assert (ids, times.tolist()) == (["a", "b"], [7, 9])
+    ids, times = stored.history(2)
+    assert ids == ["c"]
+    assert np.isnan(times).tolist() == [True]
     assert [stored.known(row) for row in range(3)] == [[], ["a", "b"], ["c"]]
     assert [stored.disliked(row) for row in range(3)] == [[], ["c"], []]
-    assert stored.history(0) == []
+    assert stored.history(0)[0] == []
     assert stored.has_items(["b", "z", None]).tolist() == [True, False, False]
-    np.testing.assert_array_equal(stored.columns["age (years)"], np.float32([1.5, np.nan]))
+    np.testing.assert_array_equal(
+        stored.columns["age (years)"], np.array([1.5, np.nan], np.float32)
+    )
     np.testing.assert_array_equal(stored.columns["tags"], np.eye(2, 3))
     with pytest.raises(ValueError, match="ids are integers"):
         stored.user_rows(["10"])
@@ -89,10 +90,8 @@ def test_users_whose_ids_are_text(tmp_path: Path) -> None:
 def test_without_times_histories_have_none(tmp_path: Path) -> None:
     stored = written(tmp_path, times=None)
     assert not stored.reads_times
-    rows, times = stored.history_rows(1)
-    assert (rows.tolist(), times) == ([2, 1], None)
-    ids, seconds = zip(*stored.history(1), strict=True)
-    assert ids == ("a", "b")
+    ids, seconds = stored.history(1)
+    assert ids == ["a", "b"]
     assert np.isnan(seconds).all()
 
 
@@ -108,11 +107,12 @@ def test_a_version_without_users_knows_nobody(tmp_path: Path) -> None:
         items, times = np.array([7]), np.zeros(0)
         Stored.write(tmp_path, user_ids=ids, item_ids=items, lists=named, times=times, columns={})
         are_text = ids.dtype == object
-        manifest = {"users_are_text": are_text, "reads_times": True, "user_features": []}
+        manifest: dict[str, Any] = {"users_are_text": are_text, "items_are_text": False}
+        manifest |= {"reads_times": True, "user_features": []}
         stored = Stored(tmp_path, {"stored": manifest})
         assert stored.users.values() == []
         assert stored.user_rows(["x"] if are_text else [30]) == [0]
-        assert (stored.history(0), stored.known(0), stored.disliked(0)) == ([], [], [])
+        assert (stored.history(0)[0], stored.known(0), stored.disliked(0)) == ([], [], [])
         assert stored.has_items([7, 8]).tolist() == [True, False]
 
 
@@ -126,8 +126,8 @@ def test_mapped_ids_are_those_in_memory(
     values = data.draw(st.lists(kind, min_size=1, max_size=12, unique=True))
     others = data.draw(st.lists(kind, max_size=5))
     ids = Ids(values)
-    MappedIds.write(tmp_path, ids.values)
-    mapped = MappedIds(tmp_path, are_text)
+    MappedIds.write(tmp_path, "users", ids.values)
+    mapped = MappedIds(tmp_path, "users", are_text)
     assert len(mapped) == len(ids)
     assert mapped.values() == values
     asked = [*others, *values[::-1]]

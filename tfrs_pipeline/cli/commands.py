@@ -4,18 +4,18 @@ import atexit
 import gc
 import logging
 import os
+import pkgutil
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tfrs_pipeline
 from tfrs_pipeline.cli.console import PROGRAM
-from tfrs_pipeline.cli.flags import CommandLine, UsageError
-from tfrs_pipeline.cli.models import Query, Recommend, RefreshIndex, Serve, Vectors, WriteLog
-from tfrs_pipeline.cli.runs import BRIEF, Compare, Report, Run, train
+from tfrs_pipeline.cli.flags import Command, CommandLine, UsageError
+from tfrs_pipeline.libraries import require
 from tfrs_pipeline.messages import as_interrupts
 from tfrs_pipeline.service.publish import NotPublished
 from tfrs_pipeline.settings import ConfigError
@@ -25,21 +25,52 @@ logger = logging.getLogger(__name__)
 NOT_PUBLISHED = 3
 BROKEN_PIPE = 141
 
-COMMANDS: dict[str, Any] = {
-    "report": Report,
-    "query": Query,
-    "serve": Serve,
-    "refresh-index": RefreshIndex,
-    "recommend": Recommend,
-    "log": WriteLog,
-    "vectors": Vectors,
+
+class _Commands(Mapping[str, type[Command]]):
+    """Commands by name, each imported when it is looked up: a query needs no settings of runs."""
+
+    _PLACES = {
+        "run": "runs:Run",
+        "compare": "runs:Compare",
+        "report": "runs:Report",
+        "query": "models:Query",
+        "serve": "models:Serve",
+        "refresh-index": "models:RefreshIndex",
+        "recommend": "models:Recommend",
+        "log": "models:WriteLog",
+        "vectors": "models:Vectors",
+    }
+
+    def __getitem__(self, name: str) -> type[Command]:
+        return pkgutil.resolve_name(f"tfrs_pipeline.cli.{self._PLACES[name]}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._PLACES)
+
+    def __len__(self) -> int:
+        return len(self._PLACES)
+
+
+TRAINING = ("run", "compare")
+# Command -> the extra without which it does nothing.
+EXTRA_OF = {
+    **dict.fromkeys((*TRAINING, "report"), "train"),
+    "refresh-index": "data",
+    "serve": "serve",
 }
+# Settings within tables that the short help of a training shows.
+BRIEF = (
+    *("data.source", "data.path", "data.columns", "data.items_path", "data.item_features"),
+    *("data.rating_threshold", "data.label", "data.event_weights"),
+    *("split.kind", "model.hard", "export.name", "export.filter_by"),
+    *("compare.plans", "compare.seeds"),
+)
 COMMAND_LINE = CommandLine(
     PROGRAM,
     tfrs_pipeline.__version__,
     "Retrieval models from the logs of a recommendation funnel.",
-    {"run": Run, "compare": Compare, **COMMANDS},
-    brief={"run": BRIEF, "compare": BRIEF},
+    _Commands(),
+    brief=dict.fromkeys(TRAINING, BRIEF),
 )
 
 
@@ -54,10 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, settings = COMMAND_LINE.read(sys.argv[1:] if arguments is None else arguments)
         is_verbose = settings.pop("verbose", False)
         _log(is_verbose)
+        if name in EXTRA_OF:
+            require(EXTRA_OF[name], f"{PROGRAM} {name}")
         with as_interrupts():
-            code = COMMANDS[name](**settings)() if name in COMMANDS else train(name, settings)
+            code = _do(name, settings)
         sys.stdout.flush()
-        return int(code)
+        return code
     except (ConfigError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -71,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         setting = getattr(error, "setting", "")  # A DataError has one.
-        flag = f" (--data.{setting})" if setting and name not in COMMANDS else ""
+        flag = f" (--data.{setting})" if setting and name in TRAINING else ""
         about: object = error
         if isinstance(error, OSError) and error.filename and error.strerror:
             about = f"{error.filename}: {error.strerror}."
@@ -84,6 +117,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif about is error and not is_ours:
             print("The error is unexpected: --verbose shows where it came from.", file=sys.stderr)
         return 1
+
+
+def _do(name: str, settings: Mapping[str, Any]) -> int:
+    if name not in TRAINING:
+        command: Any = COMMAND_LINE.commands[name]
+        return int(command(**settings)())
+    from tfrs_pipeline.cli.runs import train
+
+    return train(name, settings)
 
 
 def _log(is_verbose: bool) -> None:

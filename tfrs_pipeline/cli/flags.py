@@ -8,7 +8,7 @@ check, as they do with a config file.
 import argparse
 import dataclasses
 import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeAlias, Union, get_args, get_origin
@@ -111,7 +111,8 @@ class CommandLine:
         command = next((text for text in arguments if not text.startswith("-")), None)
         if command is not None and command not in self.commands:
             raise UsageError(f"unknown command {command!r}; {suggest(command, self.commands)}")
-        parser, parsers = self._parsers(shows_all="--help-all" in arguments)
+        named = self.commands if command is None else [command]
+        parser, parsers = self._parsers(named, shows_all="--help-all" in arguments)
         # What argparse does not know is collected, to name the flag that is nearest to it.
         options, unknown = parser.parse_known_args(
             ["--help" if text == "--help-all" else text for text in arguments]
@@ -130,21 +131,25 @@ class CommandLine:
             flag = unknown[0].partition("=")[0]
             if flag in parsers[command].flags:
                 raise UsageError(f"{flag} stands before the command: write it after {command!r}")
-            others = " and ".join(name for name, other in parsers.items() if flag in other.flags)
+            every = self._parsers(self.commands, shows_all=False)[1]
+            others = " and ".join(name for name, other in every.items() if flag in other.flags)
             hint = f"a flag of {others}" if others else suggest(flag, parsers[command].flags)
             raise UsageError(f"unknown flag {flag}; {hint}")
         return command, {x: parsers[command].value(x, y) for x, y in vars(options).items()}
 
     def parsers(self) -> Mapping[str, argparse.ArgumentParser]:
         """Returns the parser of each command, by name."""
-        return self._parsers(shows_all=False)[1]
+        return self._parsers(self.commands, shows_all=False)[1]
 
-    def _parsers(self, *, shows_all: bool) -> tuple[_Parser, dict[str, _Parser]]:
+    def _parsers(
+        self, names: Iterable[str], *, shows_all: bool
+    ) -> tuple[_Parser, dict[str, _Parser]]:
         parser = _Parser(prog=self.program, description=self.description)
         parser.add_argument("--version", action="version", version=self.version)
         subparsers = parser.add_subparsers(title="subcommands")
         parsers = {}
-        for name, table in self.commands.items():
+        for name in names:
+            table = self.commands[name]
             doc = str(table.__doc__)
             options: dict[str, Any] = {"help": doc.split("\n\n")[0], "description": doc}
             # Only what is given is parsed: a default would replace a preset or a file.

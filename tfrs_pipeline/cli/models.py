@@ -16,7 +16,7 @@ from rich.text import Text
 
 from tfrs_pipeline.cli.console import native_errors_to, say, shown
 from tfrs_pipeline.cli.flags import OfModel, PositionalPath
-from tfrs_pipeline.messages import counted, printable
+from tfrs_pipeline.messages import as_interrupts, counted, printable
 from tfrs_pipeline.service.publish import version_at
 from tfrs_pipeline.service.settings import ServeSettings, listening, read_token
 from tfrs_pipeline.settings import refuse
@@ -111,10 +111,14 @@ class Recommend(OfModel):
         from tfrs_pipeline.service.recommend import recommend
         from tfrs_pipeline.service.retriever import load
 
-        console, model = Console(), load(version)
+        console = Console()
         options: dict[str, Any] = {"users": self.users, "k": self.k, "allowed": self.filter}
-        with shown(console) as progress:
-            about = recommend(model, self.out, **options, progress=progress)
+        try:
+            with shown(console) as progress, as_interrupts():
+                about = recommend(load(version), self.out, **options, progress=progress)
+        except KeyboardInterrupt:
+            say(console, "\nstopped; the same command goes on")
+            raise
         say(
             console,
             f"recommendations  {self.out}: {counted(about['num_rows'], 'row')} for "

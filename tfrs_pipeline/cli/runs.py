@@ -14,15 +14,9 @@ import pydantic
 from pydantic import Field
 from rich.console import Console
 
-from tfrs_pipeline.cli.console import (
-    native_errors_to,
-    print_comparison,
-    print_result,
-    program,
-    say,
-    shown,
-)
+from tfrs_pipeline.cli.console import native_errors_to, program, say, shown
 from tfrs_pipeline.cli.flags import Command, PositionalPath, UsageError
+from tfrs_pipeline.cli.results import print_comparison, print_result
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import (
     RunConfig,
@@ -41,13 +35,6 @@ from tfrs_pipeline.run.steps import RunContext, as_lines
 from tfrs_pipeline.run.warm_start_settings import resolve_settings
 from tfrs_pipeline.service.publish import NotPublished
 
-# Settings within tables that the short help shows.
-BRIEF = (
-    *("data.source", "data.path", "data.columns", "data.items_path", "data.item_features"),
-    *("data.rating_threshold", "data.label", "data.event_weights"),
-    *("split.kind", "model.hard", "export.name", "export.filter_by"),
-    *("compare.plans", "compare.seeds"),
-)
 # Settings of the race itself, which its winner does not have.
 _OF_RACE = ("recipes", "fixed", "members", "budget")
 

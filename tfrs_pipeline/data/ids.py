@@ -4,12 +4,14 @@ import itertools
 import re
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 NO_ID = ("nan", "NaN", "None", "NaT", "<NA>", "null", "NULL")
 """How tables write a missing id as text."""
+MAX_ID_CHARACTERS = 1000
+"""Longest text that a service takes as an id."""
 
 
 class Ids:
@@ -103,14 +105,30 @@ class Ids:
             )
 
 
-def parse_id(text: str, *, are_text: bool, of: Literal["user", "item"] = "item") -> Any:
-    """Parses a typed id into the type of a model's ids, or raises a `ValueError`."""
+def parse_id(text: str, *, are_text: bool, of: str = "item") -> int | str:
+    """Parses an id that is typed or stands in an address; a `ValueError` if it is none.
+
+    An integer has ASCII digits alone: `int` also reads "4_2", "+42" and the digits of all scripts.
+
+    Example:
+        >>> parse_id("42", are_text=False), parse_id("42", are_text=True)
+        (42, '42')
+    """
+    check_length(text)
     if are_text:
         return text
-    # `int` also takes 4_2, +42 and the digits of other scripts: each would be another's id.
     if not re.fullmatch("-?[0-9]+", text):
         raise ValueError(f"This model's {of} ids are integers. Received: {text!r}")
     return int(text)
+
+
+def check_length(id_: str) -> None:
+    """Raises a `ValueError` if a text is too long for an id of a request."""
+    if len(id_) > MAX_ID_CHARACTERS:
+        raise ValueError(
+            f"An id has {MAX_ID_CHARACTERS:,} characters at most. Received: {len(id_):,} of them, "
+            f"{id_[:40]!r}..."
+        )
 
 
 def as_id_array(ids: Collection[Any] | np.ndarray) -> np.ndarray:

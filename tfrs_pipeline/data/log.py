@@ -88,8 +88,7 @@ class Log:
         notes: Other findings from then, in lines for a person.
         is_ordered: In a log without timestamps, whether `event_number` is the order in time.
         ties: With timestamps, "drop" if a user's events at the same time are not in each other's
-            histories; else the smaller `event_number` counts as earlier ("random" has shuffled
-            these numbers). See `Reading.ties`.
+            histories; else the smaller `event_number` counts as earlier. See `Reading.ties`.
         reading: How the tables were read. The item table of a later refresh is read like that.
         part_of: The whole log, if a split made this one.
         later_items: item_id of the items whose first event in any part of the split is later than

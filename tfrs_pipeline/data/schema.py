@@ -17,7 +17,7 @@ Exclude: TypeAlias = Literal["clicked", "seen", "none"]
 UnknownItems: TypeAlias = Literal["keep", "drop", "error"]
 Duplicates: TypeAlias = Literal["keep", "drop"]
 TimestampUnit: TypeAlias = Literal["s", "ms", "us", "ns"]
-TieRule: TypeAlias = Literal["order", "random", "drop"]
+TieRule: TypeAlias = Literal["order", "drop"]
 Ties: TypeAlias = Literal["auto", TieRule]
 
 ASKED: Mapping[AskedBy, str] = {"users": "by user", "requests": "by request"}

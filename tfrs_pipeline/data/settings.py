@@ -85,10 +85,9 @@ class Reading(Config):
     is_ordered: bool = True
     """Whether the order of the rows is the order of the events, for events without timestamps."""
     ties: schema.Ties = "auto"
-    """Order of a user's events at the same time: order, as in the source; random, drawn at random;
-    drop, none, so that they are not in each other's histories. If not given, drop for times
-    in seconds or finer, unless more than half of the positives would then lose their history; else
-    order, or random if the source sorts such events by item id."""
+    """Order of a user's events at the same time: order, as in the source; drop, none, so that they
+    are not in each other's histories. If not given, drop for times in seconds or finer, unless more
+    than half of the positives would then lose their history; else order."""
     list_separator: str = Field("|", min_length=1)
     """Separator of the values of a multi_categorical feature, or the numbers of a vector, in a CSV
     file; a vector may also be written [0.1, 0.2]."""

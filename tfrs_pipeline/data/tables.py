@@ -9,7 +9,7 @@ from ibis.backends.duckdb import Backend as DuckDB
 
 from tfrs_pipeline.data import schema, visits
 from tfrs_pipeline.data.columns import entity_columns, with_type_columns
-from tfrs_pipeline.data.engines import connect, random_key
+from tfrs_pipeline.data.engines import connect
 from tfrs_pipeline.data.events import load_events
 from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.histories import whole_seconds
@@ -69,7 +69,7 @@ def make_tables(
         # Once for all steps above; the ones below read it several times.
         events = store(events, raw.source)
     _check_positives(events, raw.source)
-    events, rule = settle_ties(events, raw, reading.ties)
+    rule = settle_ties(events, raw, reading.ties)
     # By id, so that a file of the log does not depend on how many threads made it.
     items, users = (
         store(add_missing(table, events, name).order_by(name), raw.source)
@@ -291,44 +291,32 @@ def load_items(
 
 
 _STEPS = {"by day": 86_400, "by hour": 3_600, "by minute": 60, "by second": 1}
-# The source is taken to sort by item if the share of ascending item ids differs from one half by
-# more than this bias, and by more than this many standard errors.
-_MIN_BIAS, _MIN_ERRORS = 0.1, 4
 _DONE: dict[schema.TieRule, str] = {
     "order": "they keep the order of the source",
-    "random": "their order is drawn at random",
     "drop": "none is in another's history, as items of one visit",
 }
 
 
-def settle_ties(
-    events: ibis.Table, raw: RawTable, ties: schema.Ties
-) -> tuple[ibis.Table, schema.TieRule]:
-    """Decides the rule if it is "auto", redraws numbers for "random", and notes tied positives."""
+def settle_ties(events: ibis.Table, raw: RawTable, ties: schema.Ties) -> schema.TieRule:
+    """Decides the rule if it is "auto", and notes tied positives."""
     if "timestamp" not in events.columns:
-        return events, "drop"
+        return "drop"
     counts = _measure(events)
     step = next((name for name in _STEPS if not counts[name]), "finer than seconds")
-    # If the source does not sort by item, ids of neighbours ascend as often as they descend.
-    num_pairs = max(1, counts["num_up"] + counts["num_down"])
-    bias = abs(counts["num_up"] - counts["num_down"]) / (2 * num_pairs)
-    is_sorted = bias > max(_MIN_BIAS, _MIN_ERRORS * 0.5 / num_pairs**0.5)
     # If most users have a single time, such as where the number of an order is the user, dropping
     # ties would leave no histories to learn from.
     num_lost = counts["num_first"] - counts["num_users"]
     are_kept = _STEPS.get(step, 0) >= 60 or num_lost > counts["num"] / 2
-    rule = ties if ties != "auto" else "drop"
-    if are_kept and ties == "auto":
-        rule = "random" if is_sorted else "order"
+    rule: schema.TieRule = ties if ties != "auto" else "order" if are_kept else "drop"
     if counts["num_tied"]:
+        # About 50% if the source does not sort by item; else its order says nothing of the time.
+        num_pairs = max(1, counts["num_up"] + counts["num_down"])
         share = f" (item ids ascend in {counts['num_up'] / num_pairs:.0%} of neighbouring pairs)"
         raw.notes.append(
             f"times {step}; {in_percent(counts['num_tied'], counts['num'])} of the positives have "
             f"the time of another one of their user: {_DONE[rule]}{share if are_kept else ''}"
         )
-    if rule == "random":
-        events = store(_redrawn(events), raw.source)
-    return events, rule
+    return rule
 
 
 def _measure(events: ibis.Table) -> dict[str, Any]:
@@ -355,19 +343,3 @@ def _measure(events: ibis.Table) -> dict[str, Any]:
     counts = {name: value.sum() for name, value in sums.items()}
     num_users = clicks["user_id"].nunique()
     return totals(clicks, num=clicks.count(), num_users=num_users, **counts)
-
-
-def _redrawn(events: ibis.Table) -> ibis.Table:
-    """Permutes the event numbers of a user's events at equal times; requests stay together."""
-    tied, number = ["user_id", "timestamp"], events["event_number"]
-    keys = [event_key := random_key(number, seed=0), number]
-    if "request_id" in events.columns:  # Another seed: the two never have the same key.
-        keys.insert(0, ibis.coalesce(random_key(events["request_id"], seed=1), event_key))
-    drawn, rank = (
-        ibis.row_number().over(ibis.window(group_by=tied, order_by=order))
-        for order in (keys, number)
-    )
-    # The drawn order takes the numbers that the tied events have, so no other event moves.
-    numbers = events.select(*tied, _position=rank, _number=number)
-    joined = events.mutate(_position=drawn).inner_join(numbers, [*tied, "_position"])
-    return joined.mutate(event_number=joined["_number"]).select(*events.columns)

@@ -3,6 +3,7 @@
 Everything else embeds raw queries by `search/queries.py`, in NumPy.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.features import graph
-from tfrs_pipeline.features.encoding import TIMESTAMP, raw_signature, request_signature
+from tfrs_pipeline.features.encoding import TIMESTAMP, raw_signature
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.raw import NO_TIME
 from tfrs_pipeline.model import tf_tables
@@ -52,63 +53,48 @@ class Encoder(tf.Module):
 
     def __init__(self, model: Exportable, *, user_data: bool = True) -> None:
         super().__init__(name="encoder")
+        model = model if user_data else without_users(model)
         self._model = lambda: model  # A function keeps the model out of the exported objects.
         self._holds_users, self._reads_times = user_data, model.history_times is not None
         self._rule = rule_with(model.exclude, has_bonus=model.repeat_bonus is not None)
-        user_dtype, item_dtype = map(tf_tables.id_dtype, (model.query_ids, model.candidate_ids))
-        query_ids, times = model.query_ids, model.history_times
-        histories, known_positives = model.histories, model.known_positives
-        disliked = model.disliked if user_data else RowLists.empty(1)
-        if not user_data:
-            query_ids, times = query_ids[:0], np.zeros(0)
-            histories = known_positives = RowLists.empty(1)
-        self._query_rows = tf_tables.row_table(query_ids)
+        self._query_rows = tf_tables.row_table(model.query_ids)
         self._candidate_rows = tf_tables.row_table(model.candidate_ids)
         # Entry 0 holds the empty id, since an empty slot has row 0.
         self._candidate_ids = stored(tf_tables.with_empty(model.candidate_ids))
-        self._histories, self._known = (
-            [stored(lists.values), stored(lists.offsets)] for lists in (histories, known_positives)
+        self._histories, self._known, self._disliked = (
+            [stored(lists.values), stored(lists.offsets)]
+            for lists in (model.histories, model.known_positives, model.disliked)
         )
-        self._disliked: list[tf.Variable] | None = None
-        if len(disliked.values):
-            self._disliked = [stored(disliked.values), stored(disliked.offsets)]
-        self._history_times = stored(np.asarray(times, float)) if self._reads_times else None
-        self._query_features = tuple(model.query_features)
-        self._request_features = tuple(model.request_features)
-        self._candidate_features = tuple(model.candidate_features)
+        self._has_dislikes = len(model.disliked.values) > 0
+        self._history_times = None
+        if model.history_times is not None:
+            self._history_times = stored(np.asarray(model.history_times, float))
+        inputs = model.inputs
+        self._features = inputs.features
+        self._request_signature = inputs.request_signature
         # As an attribute, each table is saved with the module.
-        features = *self._query_features, *self._request_features, *self._candidate_features
-        self._resources = [feature.graph_resource for feature in features]
-        user_id = tf.TensorSpec([None], user_dtype, "user_id")
-        item_id = tf.TensorSpec([None], item_dtype, "item_id")
-        query = [user_id, tf.TensorSpec([None, None], item_dtype, "history")]
-        if self._reads_times:
-            query.append(tf.TensorSpec([None, None], tf.float64, HISTORY_TIMESTAMPS))
-        query_features = graph.tensor_specs(raw_signature(self._query_features)).values()
-        candidate_features = graph.tensor_specs(raw_signature(self._candidate_features)).values()
-        self._request_signature = request_signature(
-            self._request_features, self._query_features, reads_times=self._reads_times
-        )
-        request = graph.tensor_specs(self._request_signature).values()
-        self.embed_user: Any = None
-        if user_data:
-            self.embed_user = traced(self._embed_user, [user_id, *request])
-        self.embed_query = traced(self._embed_query, [*query, *request])
-        self.embed_query_with_features = None
-        if query_features:
-            self.embed_query_with_features = traced(
-                self._embed_query, [*query, *query_features, *request]
-            )
-        self.embed_candidate = traced(self._embed_candidate, [item_id, *candidate_features])
+        self._resources = [x.graph_resource for side in self._features.values() for x in side]
+        embeds: dict[str, Any] = dict.fromkeys(inputs.signatures, self._embed_query)
+        embeds["embed_user"] = self._embed_user
+        functions = {
+            name: traced(embeds[name], [*graph.tensor_specs(specs).values()])
+            for name, specs in inputs.signatures.items()
+        }
+        self.embed_user = functions["embed_user"] if user_data else None
+        self.embed_query = functions["embed_query"]
+        self.embed_query_with_features = functions.get("embed_query_with_features")
+        item_id = tf.TensorSpec([None], tf_tables.id_dtype(model.candidate_ids), "item_id")
+        raw = graph.tensor_specs(raw_signature(model.candidate_features)).values()
+        self.embed_candidate = traced(self._embed_candidate, [item_id, *raw])
         # Only variables: tracking the layers would export their Keras machinery too.
-        self._variables = list(model.variables) if user_data else self._variables_without_users()
+        self._variables = list(model.variables) if user_data else self._variables_read()
 
     def _embed_user(self, user_id: tf.Tensor, **raw: tf.Tensor) -> dict[str, tf.Tensor]:
         query_rows, times = lookup(self._query_rows, user_id), None
         if self._history_times is not None:
             times = _lists([self._history_times, self._histories[1]], query_rows)
         embedded = self._embed(query_rows, _lists(self._histories, query_rows), times, raw)
-        disliked = [] if self._disliked is None else [self._disliked]
+        disliked = [self._disliked] if self._has_dislikes else []
         if not (tables := left_out(self._rule, [self._known], disliked)):
             return embedded
         # Padded once for both, as the service pads them.
@@ -139,7 +125,7 @@ class Encoder(tf.Module):
         model = self._model()
         features = self._encoded_features(raw)
         if not self._holds_users:
-            features = self._missing_features(tf.shape(query_rows)[0]) | features
+            features = _missing_features(model, tf.shape(query_rows)[0]) | features
         # Cut and padded to the length of training, so that the graph has one shape.
         length = model.history_length
         recent = histories[:, :length].to_tensor(shape=[None, length])
@@ -167,53 +153,60 @@ class Encoder(tf.Module):
     def _encoded_features(self, raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Encodes the features of the request and, where the signature has them, of the user."""
         values = {name: raw[spec.name] for name, spec in self._request_signature.items()}
-        features = graph.encode_requests(self._request_features, values)
+        features = graph.encode_requests(self._features["request"], values)
         # Without the user's features in the signature, the model takes those that it holds.
-        if all(spec.name in raw for spec in raw_signature(self._query_features).values()):
-            features |= _encoded(self._query_features, raw)
+        if all(spec.name in raw for spec in raw_signature(self._features["query"]).values()):
+            features |= _encoded(self._features["query"], raw)
         return features
 
-    def _missing_features(self, num_rows: tf.Tensor | int) -> dict[str, tf.Tensor]:
-        return {
-            feature.name: tf.repeat(feature.missing, num_rows, axis=0)
-            for feature in self._query_features
-        }
-
-    def _variables_without_users(self) -> list[Any]:
-        """Returns the model's variables that hold nothing of users.
-
-        Refuses a model whose embeddings depend on the user's id, all else being equal.
-        """
-        model = self._model()
-        # Spread over all rows: users without a positive in training have no embedding.
-        rows = np.unique(np.linspace(0, len(model.query_ids), 1000, dtype=np.int32))
-        history = tf.zeros([len(rows), model.history_length], tf.int32)
-        missing = _feature_argument(self._missing_features(len(rows)))
-        embedded = model.embed_queries(rows, history, **missing).numpy()
-        # Rows of one matrix product may differ in their last bits.
-        if not np.allclose(embedded, embedded[:1], rtol=1e-4, atol=1e-5):
-            raise ValueError(
-                "A model that has learned an embedding of each user cannot be exported without "
-                "user data: train it with use_user_id=False (model.use_user_id)."
-            )
-        # The model's variables also hold the features of all users, which no function reads now.
+    def _variables_read(self) -> list[Any]:
+        """Returns the model's variables that a function reads: none holds features of users."""
         functions = (self.embed_query, self.embed_query_with_features, self.embed_candidate)
         graphs = [f.get_concrete_function().graph for f in functions if f is not None]
         read = {id(resource) for graph_ in graphs for resource, _ in graph_.captures}
         # Variables and lookup tables name their resource differently.
         return [
             held
-            for held in model.variables
+            for held in self._model().variables
             if id(held.handle if hasattr(held, "handle") else held.resource_handle) in read
         ]
 
     def _embed_candidate(self, item_id: tf.Tensor, **raw: tf.Tensor) -> dict[str, tf.Tensor]:
         rows = lookup(self._candidate_rows, item_id)
-        features = _encoded(self._candidate_features, raw)
+        features = _encoded(self._features["candidate"], raw)
         return {
             "embeddings": self._model().embed_candidates(rows, **_feature_argument(features)),
             "is_known_item": rows > 0,
         }
+
+
+def without_users(model: Exportable) -> Exportable:
+    """Returns a model without ids, histories and features of users.
+
+    Raises a `ValueError` if its embeddings depend on the user's id, all else being equal.
+    """
+    # Spread over all rows: users without a positive in training have no embedding.
+    rows = np.unique(np.linspace(0, len(model.query_ids), 1000, dtype=np.int32))
+    history = tf.zeros([len(rows), model.history_length], tf.int32)
+    missing = _feature_argument(_missing_features(model, len(rows)))
+    embedded = model.embed_queries(rows, history, **missing).numpy()
+    # Rows of one matrix product may differ in their last bits.
+    if not np.allclose(embedded, embedded[:1], rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            "A model that has learned an embedding of each user cannot be exported without "
+            "user data: train it with use_user_id=False (model.use_user_id)."
+        )
+    lists: Any = dict.fromkeys(("histories", "known_positives", "disliked"), RowLists.empty(1))
+    times = None if model.history_times is None else np.zeros(0)
+    ids: dict[str, Any] = {"query_ids": model.query_ids[:0], "query_columns": {}}
+    return dataclasses.replace(model, **ids, **lists, history_times=times)
+
+
+def _missing_features(model: Exportable, num_rows: tf.Tensor | int) -> dict[str, tf.Tensor]:
+    return {
+        feature.name: tf.repeat(feature.missing, num_rows, axis=0)
+        for feature in model.query_features
+    }
 
 
 def _encoded(features: Sequence[Feature], raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.data.schema import LISTED
 from tfrs_pipeline.durable import naming
-from tfrs_pipeline.exports.encoder import Encoder
+from tfrs_pipeline.exports.encoder import Encoder, without_users
 from tfrs_pipeline.exports.saved_model import answers_of, save_graphs
 from tfrs_pipeline.exports.towers import write_towers
 from tfrs_pipeline.features.encoding import raw_signature
@@ -22,7 +22,6 @@ from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.tf_tables import embed_corpus
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
-from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.search.exclusions import rule_with
 from tfrs_pipeline.search.settings import Auto, Search
 from tfrs_pipeline.service.proof import Answers
@@ -118,6 +117,7 @@ def export_version(
     elif queries is None:
         queries = stored_queries(model)
     encoder = Encoder(model, user_data=user_data)
+    users = model if user_data else without_users(model)
     # Not called as a tf.function, which warns where many models are embedded one after the other.
     spec = tf.TensorSpec([None], tf.int32)
     embed = tf.function(model.embed_candidates, autograph=False).get_concrete_function(spec)
@@ -125,12 +125,23 @@ def export_version(
         table.drop_columns([LISTED] if LISTED in table.column_names else []).take(rows),
         embed_corpus(embed, len(model.candidate_ids))[rows],
     )
-    about = {**_about(model), "user_data": user_data}
+    about = {**_about(users), "user_data": user_data}
     about["example_user"] = next((q["user_id"] for q in queries if "user_id" in q), None)
 
     def fill(folder: Path) -> None:
         write_towers(model, folder)
-        Stored.write(folder, **_stored(model, user_data))
+        Stored.write(
+            folder,
+            item_ids=model.candidate_ids,
+            user_ids=users.query_ids,
+            lists={
+                "histories": users.histories,
+                "known": users.known_positives,
+                "disliked": users.disliked,
+            },
+            times=users.history_times,
+            columns=users.query_columns,
+        )
 
     def save(
         folder: Path, full: Mapping[str, Any], probes: Answers, embedded: np.ndarray | None
@@ -174,28 +185,10 @@ def _about(model: Exportable) -> dict[str, Any]:
         "histories_until": min(model.histories_until or items_read, items_read).isoformat(),
         "stored": {
             "users_are_text": model.query_ids.dtype != np.int64,
+            "items_are_text": model.candidate_ids.dtype != np.int64,
             "reads_times": model.history_times is not None,
             "user_features": [*model.query_columns],
         },
-    }
-
-
-def _stored(model: Exportable, user_data: bool) -> dict[str, Any]:
-    """Returns what `Stored.write` writes of a model; without `user_data`, nothing of users."""
-    lists = {
-        "histories": model.histories,
-        "known": model.known_positives,
-        "disliked": model.disliked,
-    }
-    stored = {"item_ids": model.candidate_ids, "user_ids": model.query_ids, "lists": lists}
-    if user_data:
-        return {**stored, "times": model.history_times, "columns": model.query_columns}
-    return {
-        **stored,
-        "user_ids": model.query_ids[:0],
-        "lists": dict.fromkeys(lists, RowLists.empty(1)),
-        "times": None if model.history_times is None else np.zeros(0),
-        "columns": {name: values[:0] for name, values in model.query_columns.items()},
     }
 
 

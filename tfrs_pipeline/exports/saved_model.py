@@ -25,12 +25,18 @@ from tfrs_pipeline.exports.graph_index import (
     search_with_bonuses,
 )
 from tfrs_pipeline.model import tf_tables
-from tfrs_pipeline.model.tf_tables import as_tensors, completed, signature_inputs
+from tfrs_pipeline.model.tf_tables import as_tensors, signature_inputs
 from tfrs_pipeline.search.searcher import Searcher
 from tfrs_pipeline.search.settings import Level
 from tfrs_pipeline.service import publish
 from tfrs_pipeline.service.proof import ExportError, difference
-from tfrs_pipeline.service.signatures import DEFAULT_K, DEFAULT_SIGNATURE, RETRIEVALS, SIMILAR
+from tfrs_pipeline.service.signatures import (
+    DEFAULT_K,
+    DEFAULT_SIGNATURE,
+    RETRIEVALS,
+    SIMILAR,
+    missing_value,
+)
 from tfrs_pipeline.service.stored import read_array
 
 
@@ -88,10 +94,13 @@ class RetrievalModule(tf.Module):
             self._export(DEFAULT_SIGNATURE, self._answer_default, inputs["embed_user"][:1])
 
     def _answer_default(self, user_id: tf.Tensor) -> dict[str, tf.Tensor]:
-        # Request features and times are missing.
         known = {"user_id": user_id, "k": tf.constant(DEFAULT_K)}
-        specs = signature_inputs(self.retrieve_user)
-        return tf_tables.call(self.retrieve_user, completed(specs, known, tf.shape(user_id)[0]))
+        inputs = []
+        for name, spec in signature_inputs(self.retrieve_user).items():  # Others are missing.
+            shape = [tf.shape(user_id)[0], *(size or 0 for size in spec.shape[1:])]
+            missing = tf.constant(missing_value(spec.dtype.name), spec.dtype)
+            inputs.append(known[name] if name in known else tf.fill(shape, missing))
+        return self.retrieve_user(*inputs)
 
     def _answer(
         self, embed: Callable[..., Any], /, exclude: tf.Tensor, k: tf.Tensor, **query: tf.Tensor

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import re
+import string
 from abc import abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from farmhash import Fingerprint64
 
 from tfrs_pipeline.features.feature import Feature, TableColumn
 from tfrs_pipeline.features.raw import (
@@ -19,13 +23,15 @@ from tfrs_pipeline.features.raw import (
     has_booleans,
     in_blocks,
     padded,
+    to_text,
     to_text_lists,
     to_texts,
 )
-from tfrs_pipeline.libraries import ir, pa, tf
+from tfrs_pipeline.libraries import ir, pa, pc, tf
 from tfrs_pipeline.messages import counted, printable
 
 MIN_BUCKETS, MAX_BUCKETS = 16, 2**20
+_WHOLE = r"(-?[0-9]+)\.0"
 
 
 class Category(Feature):
@@ -48,6 +54,32 @@ class Category(Feature):
             _note_lists(column)
         return column.read("id")
 
+    @functools.cached_property
+    def _rewrites(self) -> tuple[bool, bool]:
+        """Whether values lose spaces and .0: unless the vocabulary distinguishes them."""
+        strips = all(value == value.strip() for value in self.vocabulary)
+        return strips, not any(value.endswith(".0") for value in self.vocabulary)
+
+    def cleaned(self, text: str) -> str:
+        """Rewrites spaces and 7.0 as a log does."""
+        strips, shortens = self._rewrites
+        if strips:
+            text = text.strip(string.whitespace)
+        # Tables write 7 as 7.0 in a column with missing values.
+        if shortens and text.endswith(".0") and (whole := re.fullmatch(_WHOLE, text)):
+            return whole[1]
+        return text
+
+    def cleaned_in_graph(self, texts: tf.Tensor) -> tf.Tensor:
+        """Rewrites spaces, 7.0 and True as a log does."""
+        strips, shortens = self._rewrites
+        if strips:
+            texts = tf.strings.strip(texts)
+        if shortens:
+            texts = tf.strings.regex_replace(texts, f"^{_WHOLE}$", r"\1")
+        is_lowered = not self.vocabulary or has_booleans(self.vocabulary)
+        return lower_booleans_in_graph(texts) if is_lowered else texts
+
 
 @dataclass(frozen=True)
 class Vocabulary(Feature):
@@ -60,7 +92,15 @@ class Vocabulary(Feature):
         """Size of the vocabulary."""
         return len(self.vocabulary)
 
-    def codes(self, values: tf.Tensor) -> tf.Tensor:
+    @functools.cached_property
+    def codes(self) -> dict[str, int]:
+        """Code of each value; booleans have that of their other spellings too."""
+        codes = {value: code for code, value in enumerate(self.vocabulary, 1)}
+        if has_booleans(codes):
+            codes.update({spelling: codes.get(spelling.lower(), 0) for spelling in BOOLEANS})
+        return codes
+
+    def codes_in_graph(self, values: tf.Tensor) -> tf.Tensor:
         """Looks up values, [n] string: int32, 0 where unknown."""
         if not self.vocabulary:
             return tf.zeros_like(values, tf.int32)
@@ -79,8 +119,7 @@ class Vocabulary(Feature):
 
     def codes_of(self, there: Self) -> np.ndarray:
         """Returns the code in `there` of each value here."""
-        codes = {value: code for code, value in enumerate(there.vocabulary, 1)}
-        return np.array([0, *(codes.get(value, 0) for value in self.vocabulary)], np.int64)
+        return np.array([0, *(there.codes.get(value, 0) for value in self.vocabulary)], np.int64)
 
 
 @dataclass(frozen=True)
@@ -100,9 +139,17 @@ class Categorical(Category, Vocabulary):
         """Takes all values as the vocabulary."""
         return cls(name, tuple(sorted(count_rows(column)[0])))
 
+    def encoded(self, raw: np.ndarray) -> np.ndarray:
+        """Returns [B] int32."""
+        return encode_distinct(raw, self._code)
+
+    def _code(self, text: str) -> int:
+        # No value of the vocabulary is rewritten, so a known one need not be.
+        return self.codes.get(text) or self.codes.get(self.cleaned(text), 0)
+
     def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B] int32."""
-        return self.codes(cleaned(raw, self.vocabulary))
+        return self.codes_in_graph(self.cleaned_in_graph(raw))
 
 
 @dataclass(frozen=True)
@@ -133,12 +180,21 @@ class Hashed(Category):
         """Number of buckets."""
         return self.num_buckets
 
+    def encoded(self, raw: np.ndarray) -> np.ndarray:
+        """Returns [B] int32 buckets from 1, 0 where missing."""
+        return encode_distinct(raw, self._bucket)
+
+    def _bucket(self, text: str) -> int:
+        text = to_text(self.cleaned(text))
+        # Keras hashes with this one of FarmHash's functions.
+        return 1 + Fingerprint64(text.encode()) % self.num_buckets if text else 0
+
     def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B] int32 buckets from 1, 0 where missing."""
         # Keras keeps bucket 0 for the mask.
         # FarmHash is part of the graph, so a server needs no table.
         hashing = tf.keras.layers.Hashing(self.num_buckets + 1, mask_value="", dtype="int32")
-        return hashing(cleaned(raw))
+        return hashing(self.cleaned_in_graph(raw))
 
     def codes_of(self, there: Self) -> np.ndarray:
         """Returns, for each bucket here, the bucket there that contains it or is part of it."""
@@ -165,17 +221,14 @@ def count_rows(
     return {v: n for v, n in zip(values, numbers, strict=True) if v}, longest
 
 
-def cleaned(texts: tf.Tensor, vocabulary: Collection[str] = ()) -> tf.Tensor:
-    """Rewrites spaces, 7.0 and True as a log does, unless the vocabulary distinguishes them."""
-    if all(value == value.strip() for value in vocabulary):
-        texts = tf.strings.strip(texts)
-    # Tables write 7 as 7.0 in a column with missing values.
-    if not any(value.endswith(".0") for value in vocabulary):
-        texts = tf.strings.regex_replace(texts, r"^(-?[0-9]+)\.0$", r"\1")
-    return lower_booleans(texts) if not vocabulary or has_booleans(vocabulary) else texts
+def encode_distinct(raw: np.ndarray, code: Callable[[str], int]) -> np.ndarray:
+    """Encodes texts [B] with `code`, each distinct one once: [B] int32."""
+    texts = raw.tolist()
+    codes = {text: code(text) for text in set(texts)}
+    return np.fromiter(map(codes.__getitem__, texts), np.int32, len(texts))
 
 
-def lower_booleans(texts: tf.Tensor) -> tf.Tensor:
+def lower_booleans_in_graph(texts: tf.Tensor) -> tf.Tensor:
     """Rewrites spellings such as True and FALSE in lower case, like `to_text`."""
     for word in ("true", "false"):
         spellings = "|".join(spelling for spelling in BOOLEANS if spelling.lower() == word)
@@ -186,15 +239,15 @@ def lower_booleans(texts: tf.Tensor) -> tf.Tensor:
 MIN_LENGTH = 16
 
 # Words consist of letters with their marks, digits, underscores, and apostrophes inside.
-_LETTER = r"\p{L}\p{M}\p{N}_"
+# TensorFlow's tables of Unicode lack this block of Chinese characters, which Arrow's have.
+_EXTENSION_I = r"\x{2EBF0}-\x{2EE5D}"
+_LETTER = r"\p{L}\p{M}\p{N}_" + _EXTENSION_I
 _BETWEEN_WORDS = rf"[^{_LETTER}]*[^{_LETTER}'][^{_LETTER}]*|^'+|'+$"
-_VARIANTS = r"[\x{FE00}-\x{FE0F}]"  # Marks that choose how an emoji is drawn.
+_VARIANT = r"\x{FE00}-\x{FE0F}"  # Marks that choose how an emoji is drawn.
 # In scripts without spaces, a character with its marks is a word. Katakana's marks for length and
 # voicing are letters in Unicode, so they are listed here.
-_UNSPACED = (
-    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-    r"[\p{M}ーｰﾞﾟ]*"
-)
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}" + _EXTENSION_I
+_MARK = r"\p{M}ーｰﾞﾟ"
 
 
 @dataclass(frozen=True)
@@ -217,11 +270,22 @@ class ValueLists(Vocabulary):
         vocabulary = sorted(value for value, count in counts.items() if count >= cls.min_count)
         return cls(name, tuple(vocabulary), min(max(longest, MIN_LENGTH), cls.max_values))
 
-    def known_lists(self, lists: tf.RaggedTensor) -> tf.Tensor:
+    def known_lists(self, values: Iterable[str], lengths: np.ndarray) -> np.ndarray:
+        """Encodes concatenated lists: [B, num_values] int32, the known values first, then 0."""
+        codes = np.fromiter(map(self.codes.get, values, itertools.repeat(0)), np.int32)
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        # Unknown values must not take the places of known ones.
+        codes, rows = codes[codes > 0], rows[codes > 0]
+        columns = np.arange(len(rows)) - np.searchsorted(rows, np.arange(len(lengths)))[rows]
+        fits = columns < self.num_values
+        lists = np.zeros((len(lengths), self.num_values), np.int32)
+        lists[rows[fits], columns[fits]] = codes[fits]
+        return lists
+
+    def known_lists_in_graph(self, lists: tf.RaggedTensor) -> tf.Tensor:
         """Encodes lists: [B, num_values] int32, the known values first, padded with 0."""
         # Lists are cut before they are padded, because one row may have very many values.
-        # Unknown values must not take the places of known ones.
-        codes = self.codes(lists.values)
+        codes = self.codes_in_graph(lists.values)
         position = tf.where(codes > 0)[:, 0]
         rows = tf.gather(lists.value_rowids(), position)
         known = tf.RaggedTensor.from_value_rowids(
@@ -273,11 +337,15 @@ class MultiCategorical(ValueLists):
         """Returns [n, longest] object of str, padded with ""."""
         return padded(*to_text_lists(column))
 
+    def encoded(self, raw: np.ndarray) -> np.ndarray:
+        """Returns [B, num_values] int32 codes, the known ones first."""
+        return self.known_lists(raw.ravel().tolist(), np.full(len(raw), raw.shape[1]))
+
     def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B, num_values] int32 codes, the known ones first."""
         if has_booleans(self.vocabulary):
-            raw = lower_booleans(raw)
-        return self.known_lists(tf.RaggedTensor.from_tensor(raw))
+            raw = lower_booleans_in_graph(raw)
+        return self.known_lists_in_graph(tf.RaggedTensor.from_tensor(raw))
 
     @staticmethod
     def from_text(text: str) -> Any:
@@ -352,19 +420,85 @@ class Text(ValueLists):
     @staticmethod
     def split(column: Column) -> tuple[Any, np.ndarray]:
         """Returns all words, and their number in each row."""
-        words = _words(tf.constant(to_texts(column).to_pylist(), tf.string, [len(column)]))
-        values = pa.array(words.flat_values.numpy(), pa.binary()).cast(pa.string())
-        return values, words.row_lengths().numpy()
+        words, lengths = _concatenated_words(to_texts(column).to_pylist())
+        return pa.array(words, pa.string()), lengths
+
+    def encoded(self, raw: np.ndarray) -> np.ndarray:
+        """Returns [B, num_values] int32, the known words first."""
+        return self.known_lists(*_concatenated_words(raw.tolist()))
 
     def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B, num_values] int32, the known words first."""
-        return self.known_lists(_words(raw))
+        return self.known_lists_in_graph(_words_in_graph(raw))
 
 
-def _words(texts: tf.Tensor) -> tf.RaggedTensor:
+def _concatenated_words(texts: Iterable[str]) -> tuple[list[str], np.ndarray]:
+    """Returns the words of all texts, and their number in each."""
+    words = [*map(split_words, texts)]
+    lengths = np.fromiter(map(len, words), np.int64, len(words))
+    return [*itertools.chain.from_iterable(words)], lengths
+
+
+def split_words(text: str) -> list[str]:
+    """Splits a text into its lower-case words.
+
+    Example:
+        >>> split_words("Rock'n'roll: 'LIVE' 手机")
+        ["rock'n'roll", 'live', '手', '机']
+    """
+    # İ is replaced first, because its lower case would be two characters.
+    text = text.replace("İ", "I").translate(_CHARACTERS)
+    if not text.isascii():
+        text = _MARKS.sub(lambda marks: f"{marks[1] or ' ' + marks[0]}\n", text)
+        text = text.replace("\v", "").replace("\r", "")
+    words = text.lower().split()
+    return [word for part in words if (word := part.strip("'"))] if "'" in text else words
+
+
+class _Characters(dict[int, str]):
+    """What `split_words` replaces characters by, by code point; blocks are added when first met.
+
+    Variants are dropped, and what is neither in a word nor an apostrophe becomes a space. A
+    character that is a word by itself gets a space before it and a line feed behind it. A mark,
+    which belongs to such a word if it follows one, gets a vertical tab before it; if it also is a
+    word where it follows none, a carriage return.
+    """
+
+    def __missing__(self, point: int) -> str:
+        block = range(point - point % _BLOCK, point - point % _BLOCK + _BLOCK)
+        characters = [*map(chr, block)]
+        # Python has no classes of scripts and marks. With those of RE2, which the graph calls too,
+        # both split the same words.
+        array = pa.array(characters)
+        classes = (
+            pc.match_substring_regex(array, f"[{pattern}]").to_pylist()
+            for pattern in (_VARIANT, _UNSPACED, _MARK, f"{_LETTER}'")
+        )
+        for point_, character, is_variant, is_unspaced, is_mark, is_kept in zip(
+            block, characters, *classes, strict=True
+        ):
+            if is_mark:
+                character = ("\r" if is_unspaced else "\v") + character
+            elif is_unspaced:
+                character = f" {character}\n"
+            self[point_] = "" if is_variant else character if is_kept else " "
+        return self[point]
+
+
+_BLOCK = 256
+_CHARACTERS = _Characters()
+_MARKS = re.compile(r"\n((?:[\v\r].)+)|\r.(?:[\v\r].)*")
+
+
+def _words_in_graph(texts: tf.Tensor) -> tf.RaggedTensor:
     """Returns the lower-case words of texts [B], string [B, any]."""
     # İ is replaced first, because its lower case depends on the server's locale.
-    steps = (_VARIANTS, ""), (_UNSPACED, r" \0 "), (_BETWEEN_WORDS, " "), ("İ", "I")
+    steps = (
+        (f"[{_VARIANT}]", ""),
+        (f"[{_UNSPACED}][{_MARK}]*", r" \0 "),
+        (_BETWEEN_WORDS, " "),
+        ("İ", "I"),
+    )
     for pattern, by in steps:
         texts = tf.strings.regex_replace(texts, pattern, by)
     return tf.strings.split(tf.strings.lower(tf.strings.lower(texts), encoding="utf-8"))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tfrs_pipeline.features.feature import Feature, Spec
-from tfrs_pipeline.features.numeric import DAY_SECONDS, Timestamp, floor_mod
+from tfrs_pipeline.features.numeric import DAY_SECONDS, Timestamp
 from tfrs_pipeline.features.raw import Column, to_seconds
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, check_requests
 
@@ -133,7 +133,7 @@ def _filled(feature: Feature, values: np.ndarray, timestamp: np.ndarray) -> np.n
     seconds = np.where(is_known, timestamp, 0.0)
     day = np.floor(seconds / DAY_SECONDS)
     # As `at_request` in `data/request_features.py`: 1970 began on a Thursday, and Monday is 0.
-    number = floor_mod(day + 3, 7)
+    number = np.mod(day + 3, 7)
     if feature.name == "hour":
         number = np.floor((seconds - day * DAY_SECONDS) / 3600)
     if feature.raw_dtype == "string":

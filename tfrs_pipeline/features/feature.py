@@ -78,9 +78,9 @@ class Feature(ABC):
         """Converts a column to the array that `encode` takes: by default [n] str, "" if missing."""
         return np.asarray(to_texts(column).to_numpy(zero_copy_only=False), object)
 
+    @abstractmethod
     def encoded(self, raw: np.ndarray) -> np.ndarray:
-        """SHIM"""
-        return self.encoded_in_graph(tf.constant(raw, self.raw_dtype, raw.shape)).numpy()
+        """Encodes an array of `raw_spec`. See `encode`."""
 
     @abstractmethod
     def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
@@ -113,7 +113,8 @@ class Feature(ABC):
     def missing(self) -> np.ndarray:
         """The encoding of one row without a value, [1] or [1, m]."""
         shape = [1, *(1 if x is None else x for x in self.raw_shape)]
-        return self.encode(np.full(shape, "" if self.raw_dtype == "string" else np.nan))
+        values: np.ndarray = np.full(shape, "" if self.raw_dtype == "string" else np.nan)
+        return self.encode(values)
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
         """Encodes raw values, [B] or [B, any], as codes or numbers, [B] or [B, m].
@@ -153,11 +154,11 @@ class Feature(ABC):
         if self.num_codes is None or self.raw_dtype != "string":
             return np.zeros(len(raw), bool)
         # Code 0 is both missing and unknown; the raw value tells which.
-        codes = self.encode(raw)
+        is_value, is_code = raw != "", self.encode(raw) > 0
         has_value, is_known = (
-            values.any(axis=tuple(range(1, values.ndim))) for values in (raw != "", codes)
+            np.any(mask, axis=tuple(range(1, mask.ndim))) for mask in (is_value, is_code)
         )
-        return has_value & ~is_known
+        return np.logical_and(has_value, np.logical_not(is_known))
 
     @property
     def graph_resource(self) -> Any:

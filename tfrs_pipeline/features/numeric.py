@@ -168,9 +168,9 @@ class Timestamp(Feature):
         age = np.log1p(np.maximum(self.reference - raw, 0.0) * (1 / DAY_SECONDS))
         # The logarithm makes a day matter more for new items than for old ones.
         values = [standardised(age - self.mean, self.scale)]
-        in_day = floor_mod(raw, DAY_SECONDS)
+        in_day = np.mod(raw, DAY_SECONDS)
         # 1970 began on a Thursday. A weekday is one point on its circle at any hour.
-        in_week = floor_mod(raw - in_day + 3 * DAY_SECONDS, 7 * DAY_SECONDS)
+        in_week = np.mod(raw - in_day + 3 * DAY_SECONDS, 7 * DAY_SECONDS)
         for angle in (in_day * (2 * np.pi / DAY_SECONDS), in_week * (2 * np.pi / 7 / DAY_SECONDS)):
             values += [np.sin(angle), np.cos(angle)]
         is_finite = np.isfinite(raw[:, np.newaxis])
@@ -195,6 +195,8 @@ class Timestamp(Feature):
     @staticmethod
     def from_text(text: str) -> datetime:
         """Converts a time in ISO 8601 with its zone."""
+        if "\0" in text:  # It would end the text for `fromisoformat`.
+            raise ValueError(f"Invalid isoformat string: {text!r}")
         time = datetime.fromisoformat(text)
         if time.tzinfo is None:
             raise ValueError(f"it has no zone: write {time.isoformat()}Z if it is UTC")
@@ -210,15 +212,6 @@ def moments(numbers: np.ndarray) -> tuple[float, float]:
     # Rounding may give equal numbers a deviation just above 0, and so other numbers huge values.
     scale = size * float((known / size).std()) if known.min() < known.max() else 1.0
     return size * float((known / size).mean()), scale or 1.0
-
-
-def floor_mod(values: np.ndarray, size: float) -> np.ndarray:
-    """Returns the remainder from 0 to below `size`, rounded as TensorFlow does.
-
-    `np.mod` returns `size` itself for a number just below 0.
-    """
-    remainder = np.fmod(values, size)
-    return np.where(values < 0, np.fmod(remainder + size, size), remainder)
 
 
 def standardised(values: np.ndarray, scale: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Converts columns of Python, NumPy or Arrow values to the arrays that a graph takes.
+"""Converts columns of Python, NumPy or Arrow values to the arrays that features encode.
 
 Typed arrays are converted at once, lists value by value.
 """

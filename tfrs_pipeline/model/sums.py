@@ -528,12 +528,13 @@ def choose(
 class Sum:
     """The weighted sum of several models, before it is fitted.
 
+    Validation chooses which are summed, and with which weights; `FittedSum.of` takes weights that
+    you choose. iALS is never alone if there is another member: it gives all items the score 0 where
+    nothing is clicked yet.
+
     Args:
         members: Models by name, or in a list: each a `TwoTower` or an `Ials`, which `fit` fits,
             what `TwoTower.fit` returns, or the `Exportable` of another model.
-        weights: What each member's score is multiplied by, in units of its spread over items; None
-            chooses on validation which are summed and with which weights. iALS is never alone if
-            there is another member: it gives all items the score 0 where nothing is clicked yet.
         dim: Most dimensions of the sum's vectors; None takes those of the first member.
         metric: The metric that chooses weights.
 
@@ -541,7 +542,7 @@ class Sum:
         The sum of two models, at the index size of one::
 
             two_tower = tp.TwoTower(**sequence_settings)
-            model = tp.Sum([two_tower, other_model], weights=[1, 0.3]).fit(train, validation)
+            model = tp.Sum([two_tower, other_model]).fit(train, validation)
             tp.evaluate({"sum": model, "other": other_model}, test)
             tp.export(model, "saved_models/videos")
     """
@@ -549,7 +550,6 @@ class Sum:
     def __init__(
         self,
         members: Mapping[str, TwoTower | Ials | Member] | Sequence[TwoTower | Ials | Member],
-        weights: Sequence[float] | Mapping[str, float] | None = None,
         *,
         dim: int | None = None,
         metric: str = "ndcg@100",
@@ -568,7 +568,6 @@ class Sum:
         if dim is not None:
             check_integer(1, dim=dim)
         self.members, self.dim = dict(members), dim
-        self.weights = None if weights is None else _checked_weights(members, weights)
         try:
             self.metric = metric_of(metric)
         except ValueError as error:
@@ -586,7 +585,7 @@ class Sum:
         """Fits the members that are not fitted yet, and sums all; see `TwoTower.fit`.
 
         The queries of `validation` give the scale of each member's scores and the rotation, and
-        choose the weights unless they are given. A `TypeError` if a member is to be fitted without
+        choose the weights. A `TypeError` if a member is to be fitted without
         `train`, or if `validation` is no holdout; a `ValueError` if the members have other items,
         users or features.
         """
@@ -606,9 +605,6 @@ class Sum:
             else:
                 fitted[name] = member
         truth = Truth.of(validation, exclude)
-        if self.weights is not None:
-            summed = FittedSum.of(fitted, self.weights, truth.queries, self.dim)
-            return summed.with_repeat_bonus(validation, exclude, seed=0)
         check_members(fitted)
         vectors = {
             name: vectors_of(member, truth.queries, truth.items) for name, member in fitted.items()
@@ -627,21 +623,3 @@ class Sum:
         summed = FittedSum.of(chosen, choice.weights, truth.queries, self.dim)
         summed = dataclasses.replace(summed, notes=choice.lines())
         return summed.with_repeat_bonus(validation, exclude, seed=0)
-
-
-def _checked_weights(members: Mapping[str, Any], weights: Any) -> dict[str, float]:
-    """Returns weights by member, which may be listed in the order of the members."""
-    by_name = (
-        dict(zip(members, weights, strict=False)) if isinstance(weights, Sequence) else weights
-    )
-    if (
-        not isinstance(by_name, Mapping)
-        or by_name.keys() != members.keys()
-        or len(weights) != len(members)
-        or not all(isinstance(x, int | float) and 0 < x < np.inf for x in by_name.values())
-    ):
-        raise ValueError(
-            f"weights must be one number above 0 for each of the models {', '.join(members)}. "
-            f"Received: {weights!r}"
-        )
-    return dict(by_name)

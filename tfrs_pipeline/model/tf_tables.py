@@ -1,6 +1,6 @@
 """Ids as tensors, tables from ids to rows, and functions with named inputs in a saved graph."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,6 @@ def id_dtype(ids: np.ndarray) -> tf.DType:
 def empty_id(dtype: tf.DType) -> Any:
     """Returns the id of an empty slot: -1 or ""."""
     return -1 if dtype == tf.int64 else ""
-
-
-def as_ids(values: Iterable[Any]) -> list[Any]:
-    """Returns the ids of a graph as Python's: text is text, not bytes."""
-    return [id_.decode(errors="replace") if isinstance(id_, bytes) else id_ for id_ in values]
 
 
 def with_empty(ids: np.ndarray) -> tf.Tensor:
@@ -120,29 +115,6 @@ def signature_inputs(function: Any) -> dict[str, tf.TensorSpec]:
         function = function.get_concrete_function()
     positional, named = function.structured_input_signature
     return {spec.name: spec for spec in positional} | dict(named)
-
-
-def completed(
-    specs: Mapping[str, tf.TensorSpec], known: Mapping[str, Any], num_rows: Any
-) -> dict[str, Any]:
-    """Returns all inputs of a signature, in its order; absent ones are missing values, k is 1."""
-    inputs = {}
-    for name, spec in specs.items():
-        if name in known:
-            inputs[name] = known[name]
-        elif spec.shape.rank == 0:
-            inputs[name] = tf.constant(1, spec.dtype)
-        else:
-            shape = [num_rows, *(size or 0 for size in spec.shape[1:])]
-            inputs[name] = tf.fill(shape, tf.constant(missing_value(spec.dtype), spec.dtype))
-    return inputs
-
-
-def missing_value(dtype: tf.DType) -> Any:
-    """Returns the missing value of a type: NaN, an empty string, or the empty id."""
-    if dtype.is_floating:
-        return np.nan
-    return b"" if dtype == tf.string else empty_id(dtype)
 
 
 def as_tensors(

@@ -22,11 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.messages import counted
-from tfrs_pipeline.negatives.samplers import Negatives, SamplingFrame, counts_as_in_batch
-
-_NUM_GROUPS = 8
-_NUM_TRIES = 16  # Draws before training; enough to find a mistake that shows in most batches.
+from tfrs_pipeline.negatives.samplers import Negatives, SamplingFrame
 
 
 class Mixture:
@@ -38,8 +34,8 @@ class Mixture:
 
     Raises:
         TypeError: If something is not a kind of negative.
-        ValueError: If a kind's counts are impossible or it does not draw as they say, or if there
-            is no negative at all.
+        ValueError: If a kind's counts are impossible, or if there is no negative at all. Whether a
+            kind draws as its counts say is for your tests: `tfrs_pipeline.testing.check_draws`.
 
     Example:
         The negatives of a batch for your own loss, with items that have 3 and 1 positives:
@@ -58,9 +54,7 @@ class Mixture:
         self._frame = frame
         self.expected_count = np.zeros(frame.num_candidates + 1)
         for kind in self._negatives:
-            count = checked_count(kind, frame)
-            _check_draws(kind, frame, count)
-            self.expected_count += count
+            self.expected_count += checked_count(kind, frame)
         if not self.expected_count.any():
             raise ValueError(
                 "No shared column can be a negative: use in-batch negatives with a batch of 2 or "
@@ -145,52 +139,3 @@ def checked_count(kind: Negatives, frame: SamplingFrame) -> np.ndarray:
             f"Received: {count.min()} to {count.max()}, {count[0]} at row 0"
         )
     return count
-
-
-def _check_draws(kind: Negatives, frame: SamplingFrame, count: np.ndarray) -> None:
-    """Tries a few draws of a kind: they must be candidates that it expects to draw."""
-    share = frame.q_positive[1:] / frame.q_positive[1:].sum()
-    shape = _NUM_TRIES, frame.batch_size
-    positives = 1 + np.random.default_rng(0).choice(frame.num_candidates, shape, p=share)
-    with tf.init_scope():  # In case the mixture is made in a graph.
-        drawn = [
-            kind.draw(frame, tf.constant(rows, tf.int32), tf.constant([0, i]))
-            for i, rows in enumerate(positives)
-        ]
-    for vector in map(np.asarray, drawn):
-        if not np.issubdtype(vector.dtype, np.integer) or vector.ndim != 1:
-            raise ValueError(
-                f"{kind}: draw must return a vector of whole numbers. Received: {vector.dtype} of "
-                f"shape {vector.shape}"
-            )
-    rows = np.concatenate(drawn)
-    if rows.size and not 1 <= rows.min() <= rows.max() <= frame.num_candidates:
-        raise ValueError(
-            f"{kind}: draw must return candidate rows in 1 .. {frame.num_candidates}: row 0 is "
-            f"'unknown'. Received: {rows.min()} to {rows.max()}"
-        )
-    if not rows.size or counts_as_in_batch(kind):
-        return
-    if not count[rows].all():
-        never = rows[count[rows] == 0][0]
-        raise ValueError(
-            f"{kind}: draw returned candidate {never}, whose expected_count is 0: its log_q "
-            "would be wrong"
-        )
-    # Compared with the count over all candidates, and over groups of similar count.
-    copies = [np.bincount(vector, minlength=len(count)) for vector in drawn]
-    order = 1 + np.argsort(count[1:])
-    so_far = np.cumsum(count[order]) - count[order] / 2
-    group = (so_far / count.sum() * _NUM_GROUPS).astype(np.int64)
-    for members in (order, *(order[group == i] for i in range(_NUM_GROUPS))):
-        num_drawn, expected = [vector[members].sum() for vector in copies], count[members].sum()
-        # Draws may depend on each other within a batch, not between batches. The error is at least
-        # that of independent draws, because a few batches may agree by chance.
-        error = max(np.std(num_drawn, ddof=1), np.sqrt(expected)) / np.sqrt(len(drawn))
-        # Six errors, so that chance does not refuse a right kind in one of the nine comparisons.
-        if abs(np.mean(num_drawn) - expected) > 6 * error:
-            raise ValueError(
-                f"{kind}: expected_count says that a batch draws {expected:.4g} copies of "
-                f"{counted(len(members), 'candidate')}, and {len(drawn)} batches drew "
-                f"{np.mean(num_drawn):.4g} on average: its log_q would be wrong"
-            )

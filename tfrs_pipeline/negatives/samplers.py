@@ -83,7 +83,8 @@ class Negatives(Protocol):
     """A kind of negative that the rows of a batch share.
 
     Your own kind needs only these two methods: log_q of every column is then right, whatever other
-    kinds are in the mixture (see `negatives/log_q.py`).
+    kinds are in the mixture (see `negatives/log_q.py`). `tfrs_pipeline.testing.check_draws` checks
+    that the second method says what the first one does.
 
     Example:
         The newest items, each with the same chance. Rows follow the ids, and ids the time here:
@@ -280,11 +281,6 @@ class Popularity:
     def expected_count(self, frame: SamplingFrame) -> np.ndarray:
         """Computes num * p(c)."""
         return self.num * sampling_probability(frame.counts, self.alpha)
-
-
-def counts_as_in_batch(kind: object) -> bool:
-    """Returns whether a kind has the expected count of `InBatch`; a subclass may have another."""
-    return getattr(type(kind), "expected_count", None) is InBatch.expected_count
 
 
 Pool: TypeAlias = tuple[Any, np.ndarray | None]

@@ -170,18 +170,22 @@ class QueryInputs:
         raw = raw_columns(features, columns, len(values))
         return {spec.name: raw[name] for name, spec in self.user_signature.items()}
 
+    def history(self, item_ids: Any, times: np.ndarray | None) -> History:
+        """Looks up a history, [n] ids oldest first with their times; unknown items are left out."""
+        rows = self.items.rows(item_ids)[::-1]
+        is_known = rows > 0
+        if times is None or not self.reads_times:
+            return History(rows[is_known])
+        return History(rows[is_known], times[::-1][is_known])
+
     def histories(self, arrays: Arrays) -> list[History]:
         """Looks up the histories of raw arrays; unknown items are left out."""
         given = arrays["history"]
-        rows = self.items.rows(given).reshape(given.shape)[:, ::-1]
-        if not self.reads_times:
-            return [History(line[line > 0]) for line in rows]
         # A query may have fewer times than items, or its row more room.
         times, width = np.full(given.shape, np.nan), given.shape[1]
-        known = arrays[HISTORY_TIMESTAMPS][:, :width]
+        known = arrays.get(HISTORY_TIMESTAMPS, times)[:, :width]
         times[:, : known.shape[1]] = known
-        pairs = zip(rows, times[:, ::-1], strict=True)
-        return [History(line[line > 0], of_line[line > 0]) for line, of_line in pairs]
+        return [self.history(*line) for line in zip(given, times, strict=True)]
 
     def encode(self, arrays: Arrays, histories: Sequence[History]) -> dict[str, np.ndarray]:
         """Makes the inputs of the tower (`tower_inputs`) of raw arrays, with these histories."""
@@ -245,7 +249,7 @@ def candidate_inputs(features: Sequence[Feature]) -> dict[str, tuple[tuple[int, 
     return {CANDIDATE_ROWS: ((), "int32"), **feature_inputs(features)}
 
 
-def id_array(ids: Sequence[Any], are_text: bool) -> np.ndarray:
+def id_array(ids: Sequence[Any] | np.ndarray, are_text: bool) -> np.ndarray:
     """Makes an array of ids, [n] int64, or texts as objects; None is the empty id.
 
     Raises a `ValueError` if one has another type.

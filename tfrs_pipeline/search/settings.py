@@ -64,7 +64,10 @@ class Auto:
 
 
 def has_scann() -> bool:
-    """Returns whether ScaNN is installed; it has packages for Linux on x86_64 alone."""
+    """Returns whether ScaNN is installed.
+
+    It has packages for Linux alone: on x86_64, and on ARM for Python 3.12 and 3.13.
+    """
     return importlib.util.find_spec("scann") is not None
 
 

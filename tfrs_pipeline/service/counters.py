@@ -14,7 +14,9 @@ USER_IDS = Counter("tfrs_user_ids", "User ids in queries.", ["known"])
 HISTORY = Counter("tfrs_history_items", "Items of the histories in queries.", ["known"])
 SLOTS = Counter("tfrs_slots", "Slots of answers: the k of each query.", ["filled"])
 FILTERED_QUERIES = Counter("tfrs_filtered_queries", "Queries with a filter.", ["empty"])
-UNRECORDED = Counter("tfrs_unrecorded_answers", "Answers that waited too long to be recorded.")
+EVENTS = Counter("tfrs_events", "Events that were sent.", ["type", "outcome"])
+WITHOUT_EVENTS = Counter("tfrs_answers_without_events", "Queries while no events could be read.")
+UNRECORDED = Counter("tfrs_unrecorded_answers", "Answers that could not be recorded.")
 LIVE_UNKNOWN_VALUES = Counter("tfrs_live_unknown_values", "Unknown values of live items.")
 
 

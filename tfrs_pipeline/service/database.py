@@ -11,7 +11,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tfrs_pipeline.durable import Damaged, StorageError, locked, naming, replacing
 
@@ -21,6 +21,15 @@ BUSY_SECONDS = 30.0
 # SQLite's codes for a file that is not as this version wrote it. The first comes from a missing
 # table or column.
 _DAMAGES = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+class Stamp(NamedTuple):
+    """What changes with a file's content; times in nanoseconds since 1970."""
+
+    device: int
+    inode: int
+    size: int
+    mtime: int
 
 
 class Replaced(StorageError):
@@ -51,6 +60,7 @@ class Database:
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[Any, ...] | None = None  # Of the file that was read first.
+        self._checked: Stamp | None = None  # Of the file when its beginning was last seen whole.
 
     def __del__(self) -> None:
         if self._connection is not None:  # Else it would stay open for an unknown time.
@@ -89,8 +99,44 @@ class Database:
                     f"{self.file_name}-wal and {self.file_name}-shm{self.what_is_lost}."
                 ) from error
 
+    def _stamp(self) -> "Stamp | None":
+        """Returns what changes with the file's content, None if there is none.
+
+        A write goes into the log beside it; some later one copies the log into the file.
+        """
+        try:
+            file = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return Stamp(file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns)
+
+    def _check_beginning(self, stamp: "Stamp") -> None:
+        """Raises a `DatabaseError` if the file is empty, cut or overwritten.
+
+        An open connection does not notice: it goes on with its copies of the pages, and what it
+        confirms is gone when it ends. A new one would delete the log beside an empty file.
+        """
+        # Without the log. By SQLite itself, because to open and close the file would drop the locks
+        # that SQLite has on it in this process.
+        uri = f"{self.path.absolute().as_uri()}?immutable=1"
+        try:
+            with contextlib.closing(sqlite3.connect(uri, uri=True)) as raw:
+                if raw.execute("PRAGMA schema_version").fetchone() == (0,):
+                    raise sqlite3.DatabaseError("file is empty")
+        except sqlite3.DatabaseError as error:
+            # While a log is copied, the beginning may tell of pages that are not there yet.
+            is_growing = self._checked is not None and stamp.size >= self._checked.size
+            if not is_growing or getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_CORRUPT:
+                raise
+        else:
+            self._checked = stamp
+
     def _connected(self) -> sqlite3.Connection | None:
-        file, identity = self.path.stat() if self.path.exists() else None, None
+        file, identity = self._stamp(), None
+        if file is not None and file != self._checked:
+            self._check_beginning(file)
+            if self._connection is not None:  # Whose copies of pages may be of another content.
+                self._connection.execute("PRAGMA shrink_memory")
         # In a folder that this process may only read, SQLite cannot make its -shm file. Without a
         # -wal file, all rows are in the file itself, which is then opened as immutable. Others may
         # change it all the same, so each look opens it anew.
@@ -110,8 +156,10 @@ class Database:
         if file is not None and self._connection is not None:
             # While the file is open, no other file gets its inode number. SQLite raises the version
             # of the schema if a backup is restored in place.
-            version = self._connection.execute("PRAGMA schema_version").fetchone()
-            identity = file.st_dev, file.st_ino, *version
+            version: tuple[int, ...] = ()
+            if self._identity is None or self._identity[:2] == file[:2]:
+                version = self._connection.execute("PRAGMA schema_version").fetchone()
+            identity = *file[:2], *version
         if self._identity not in (None, identity):
             if self.is_mirrored:
                 raise Replaced(

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from tfrs_pipeline.data.ids import NO_ID
+from tfrs_pipeline.data.ids import NO_ID, check_length
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.features.encoding import raw_columns
@@ -341,6 +341,7 @@ class LiveItems:
         if is_id := not isinstance(id_, bool | np.bool_ | None):
             check_ids([[id_]], are_text=self._corpus.are_text)
             id_ = _plain("An id", id_)
+            check_length(str(id_))
         if not is_id or id_ == self._corpus.empty_id or id_ in NO_ID:
             raise ValueError(f"An item needs an id. Received: {id_!r}")
         if isinstance(id_, int) and not -(2**63) <= id_ < 2**63:

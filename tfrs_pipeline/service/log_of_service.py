@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tfrs_pipeline.data.engines import connect
-from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.schema import DataError, Source, require_all, totals
 from tfrs_pipeline.durable import replacing
+from tfrs_pipeline.libraries import require
 from tfrs_pipeline.service.publish import version_at
 from tfrs_pipeline.service.user_events import Event, Journal
 from tfrs_pipeline.service.vectors import destination_problem
@@ -112,6 +111,10 @@ def record_file(model: "LoadedRetriever", path: str | Path) -> Recorded:
     # Text would leave open what is an integer, and what a time.
     if Path(path).suffix != ".parquet":
         raise DataError(f"{path}: past events come in a .parquet file")
+    require("data", "Reading a file of events")
+    from tfrs_pipeline.data.engines import connect
+    from tfrs_pipeline.data.files import scan
+
     scanned = scan(connect(), path, "events")
     names = {_KEYS.get(name, name): name for name in scanned.columns}
     remedy = "Events have user_id, item_id, type (or stage) and time (or timestamp)."

@@ -91,12 +91,10 @@ def answer_light_probes() -> str | None:
     TensorFlow cannot be imported meanwhile, unless LiteRT cannot run a tower of the version.
     """
     folder, expected = pickle.load(sys.stdin.buffer)
-    import os
-
     from tfrs_pipeline.service.retriever import load
     from tfrs_pipeline.service.towers import needs_tensorflow
 
-    if not needs_tensorflow(Path(folder)) and not os.environ.get("SHIM"):
+    if not needs_tensorflow(Path(folder)):
         sys.modules["tensorflow"] = None  # type: ignore[assignment]
     model = load(folder, live=False)
     problems = []

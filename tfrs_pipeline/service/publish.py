@@ -12,6 +12,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tfrs_pipeline.durable import Damaged, flush, locked, naming, read_record
 from tfrs_pipeline.messages import beside
@@ -85,6 +86,13 @@ def keep_parts(before: Path, files: Path) -> None:
                 os.link(source, files / name)  # Versions share the file: none ever changes one.
             except OSError:  # A disk without links.
                 shutil.copyfile(source, files / name)
+
+
+def read_table(path: Path) -> Any:
+    """Reads a Parquet file of a version; PyArrow's own function imports what folders need."""
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path).read()
 
 
 @contextlib.contextmanager

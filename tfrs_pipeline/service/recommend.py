@@ -14,11 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tfrs_pipeline.data.engines import connect
-from tfrs_pipeline.data.files import scan
 from tfrs_pipeline.data.schema import DataError, Source, require_all
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.durable import file_hash, hold_to, locked, replacing
+from tfrs_pipeline.libraries import require
 from tfrs_pipeline.messages import SILENT, Progress, check_integer
 from tfrs_pipeline.search.queries import QUERIES_PER_CALL
 from tfrs_pipeline.service.publish import MANIFEST_FILE
@@ -176,6 +175,10 @@ def _read(model: "LoadedRetriever", users: Any) -> pa.Table:
 
     Raises a `DataError` as `recommend` does.
     """
+    require("data", "Reading a file of users")
+    from tfrs_pipeline.data.engines import connect
+    from tfrs_pipeline.data.files import scan
+
     scanned = scan(connect(), users, "users")
     remedy = "A row for each user; only user_id and history are read."
     require_all(scanned.columns, {"user_id": remedy}, Source(scanned.name))

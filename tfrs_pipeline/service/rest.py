@@ -12,11 +12,12 @@ from typing import Annotated, Any, NamedTuple, NotRequired
 
 import numpy as np
 import pydantic
-from pydantic import BeforeValidator, FailFast, Field, TypeAdapter, WrapValidator
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, TypeAdapter, WrapValidator
 from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
+from tfrs_pipeline.data.ids import check_length
 from tfrs_pipeline.durable import Damaged
 from tfrs_pipeline.features.encoding import TIMESTAMP
 from tfrs_pipeline.features.feature import Feature, Spec
@@ -34,6 +35,8 @@ from tfrs_pipeline.service.signatures import (
 )
 
 KEYS = ("signature_name", "instances", "inputs", "exclude_served")
+# Inputs of ids; other texts are features and values of the filter.
+_IDS = ("user_id", "item_id", "history", "exclude")
 _LATELY = TypeAdapter(Lately)
 # Not a union with None, because Python cannot hash the list types.
 _OR_NULL = WrapValidator(lambda value, check: None if value is None else check(value))
@@ -115,6 +118,8 @@ class SignatureInputs:
         value: Any
         if spec.dtype == "string":
             value = Annotated[str, BeforeValidator(_text)]
+            if name in _IDS:
+                value = Annotated[value, AfterValidator(_short)]
         elif spec.dtype.startswith("int"):
             range_ = np.iinfo(spec.dtype)
             low, high = (1, limits.max_k) if name == "k" else (range_.min, range_.max)
@@ -324,6 +329,11 @@ def _text(value: Any) -> str:
     if isinstance(value, dict) and list(value) == ["b64"] and isinstance(value["b64"], str):
         return base64.b64decode(value["b64"], validate=True).decode()
     raise ValueError('takes a string, or {"b64": "..."}')
+
+
+def _short(id_: str) -> str:
+    check_length(id_)
+    return id_
 
 
 def _seconds(value: Any) -> Any:

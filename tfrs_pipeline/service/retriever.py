@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from tfrs_pipeline import retrieval
 from tfrs_pipeline.durable import Damaged, read_record
@@ -126,7 +125,7 @@ class LoadedRetriever:
 
     def _candidates(self, levels: Sequence[Mapping[str, int]]) -> Candidates:
         """Reads the candidates, and the index too, unless `levels` is empty."""
-        items = pq.read_table(self.folder / publish.ITEMS_FILE)
+        items = publish.read_table(self.folder / publish.ITEMS_FILE)
         vectors = read_array(self.folder / publish.SERVICE_FOLDER, publish.VECTORS)
         searcher = Searcher.load(self.folder / publish.INDEX_FOLDER) if levels else None
         values, codes = None, None
@@ -134,7 +133,7 @@ class LoadedRetriever:
             values = FilterValues()
             codes = values.encode(items[publish.FILTER_COLUMN])
         widths = [Level(**level) for level in levels]
-        ids = items["item_id"].to_numpy()
+        ids = items["item_id"].to_pylist()
         return Candidates(ids, vectors, searcher, widths, values, codes)
 
     def retrieve(
@@ -143,7 +142,7 @@ class LoadedRetriever:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
         Excludes only `exclude`: items of the history, and those that a user is known to have
-        clicked or disliked (`disliked_items`), are retrieved too. Reads only the history in the
+        clicked or disliked (`users.disliked`), are retrieved too. Reads only the history in the
         query; `retrieve_user` reads the stored history of a known user, and excludes its items if
         `excludes_known`. Items of a history that the training did not have are ignored; `knows`
         says which ones it had.
@@ -358,11 +357,11 @@ class LoadedRetriever:
 
     def held_out_queries(self) -> list[Query]:
         """Reads the queries stored with the export, 1,000 at most."""
-        return pq.read_table(self.folder / publish.QUERIES_FILE).to_pylist()
+        return publish.read_table(self.folder / publish.QUERIES_FILE).to_pylist()
 
     def titles(self) -> dict[Any, str]:
         """Reads the titles of items by id, live ones included; empty if they have none."""
-        items = pq.read_table(self.folder / publish.ITEMS_FILE)
+        items = publish.read_table(self.folder / publish.ITEMS_FILE)
         titles = {}
         if "title" in items.column_names:
             columns = (items[name].to_pylist() for name in ("item_id", "title"))

@@ -4,6 +4,7 @@ docs/guides/serving.md describes addresses, requests, limits and use on a networ
 """
 
 import asyncio
+import collections
 import contextlib
 import gc
 import hmac
@@ -22,31 +23,29 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import prometheus_client
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 
-try:
-    import prometheus_client
-    import uvicorn
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-    from starlette.routing import Route
-
-    from tfrs_pipeline.service.connections import Connection, CountRequests
-except ImportError as missing:
-    raise ImportError(
-        "The server needs the extra 'serve': pip install -c constraints.txt -e '.[serve]', in the "
-        f"project's folder. The import said: {missing}"
-    ) from missing
-
-from tfrs_pipeline.durable import try_writing
+from tfrs_pipeline.durable import Damaged, StorageError, try_writing
 from tfrs_pipeline.search.queries import padded_ids
 from tfrs_pipeline.service import page, rest
-from tfrs_pipeline.service.counters import LIVE_UNKNOWN_VALUES, UNRECORDED, count_answers
+from tfrs_pipeline.service.counters import (
+    EVENTS,
+    LIVE_UNKNOWN_VALUES,
+    UNRECORDED,
+    WITHOUT_EVENTS,
+    count_answers,
+)
+from tfrs_pipeline.service.request_metrics import CountRequests
 from tfrs_pipeline.service.settings import Lately, ServeSettings, listening, read_token
-from tfrs_pipeline.service.user_events import Answer, Event, Journal, Recorder
+from tfrs_pipeline.service.user_events import Answer, Event, Journal, Recorder, Watch
 from tfrs_pipeline.service.versions import ModelVersions, ServedVersion
 
 logger = logging.getLogger(__name__)
@@ -70,10 +69,13 @@ class ModelServer:
 
     def __init__(self, model: Path, settings: ServeSettings) -> None:
         self.settings = settings
-        self.versions = ModelVersions(model, lambda folder: ServedVersion(folder, settings))
+        self.versions = ModelVersions(model, self._load)
         self.threads = ThreadPoolExecutor(settings.num_threads, "requests")
         self.large = ThreadPoolExecutor(1, "large-requests")
-        self.recorder = Recorder(Journal(self.versions.folder))
+        self.watch = Watch()
+        # What users did, for queries; the recorder has connections of its own.
+        self.events = Journal(self.versions.folder, self.watch)
+        self.recorder = Recorder(self.events.another(), UNRECORDED.inc)
         # One thread, so writes are done one after the other. It may wait for another process.
         self.writes = ThreadPoolExecutor(1, "writes")
         answers, hours = settings.exclude_served_answers, settings.exclude_served_hours
@@ -83,6 +85,12 @@ class ModelServer:
             try_writing(self.versions.folder)
             if self.recorder.journal.path.exists():
                 self.recorder.journal.write([])  # Refuses a file of another version at the start.
+
+    def _load(self, folder: Path) -> ServedVersion:
+        version = ServedVersion(folder, self.settings)
+        if version.retriever.users.journal is not None:
+            version.retriever.users.journal = self.events
+        return version
 
     def number(self, request: Request) -> str | None:
         """Reads the version in a request's path, None for any; raises a 404 for another model."""
@@ -124,24 +132,30 @@ class ModelServer:
                 num = call.num_queries
                 if num <= SMALL_QUERIES and num * call.k <= SMALL_RESULTS:
                     threads = self.threads
-            call = await self._excluding_served(version, call)
+            call, threads = await self._excluding_served(version, call, threads)
             answer, outputs = await _run(threads, _answer, version, call)
         if "user_id" in call.inputs and "candidate_ids" in outputs:
             self._keep(request_id, version.number, call.inputs["user_id"], outputs["candidate_ids"])
         headers = {"X-Request-ID": request_id, "X-Model-Version": str(version.number)}
+        if "user_id" in call.inputs and self.watch.unreadable:
+            WITHOUT_EVENTS.inc(call.num_queries)
+            headers["X-Events"] = "unavailable"
         return Response(answer, media_type="application/json", headers=headers)
 
     async def _excluding_served(
-        self, version: ServedVersion, call: rest.PredictCall
-    ) -> rest.PredictCall:
-        """Adds what the users were served lately to the items that a call excludes."""
+        self, version: ServedVersion, call: rest.PredictCall, threads: ThreadPoolExecutor
+    ) -> tuple[rest.PredictCall, ThreadPoolExecutor]:
+        """Adds what the users were served lately to the items that a call excludes.
+
+        Returns also the threads for the call: with many such items it is no longer small.
+        """
         lately = call.exclude_served or self._lately
         if not (lately.answers or lately.hours):
-            return call
+            return call, threads
         # Signatures that only embed have a user, and nothing to exclude from.
         if missing := {"user_id", "exclude"} - call.inputs.keys():
             if call.exclude_served is None:
-                return call
+                return call, threads
             name = max(missing)
             raise rest.bad_request(f"exclude_served: {call.signature!r} has no input {name!r}.")
         if self.settings.record_share < 1:
@@ -150,13 +164,23 @@ class ModelServer:
                 "--record-share 1."
             )
         users = call.inputs["user_id"].tolist()
-        lists = await _run(self.threads, self.recorder.served_lately, users, lately)
+        most = self.settings.max_exclude
+        few = min(most, SMALL_RESULTS // max(len(users), 1))
+        lists: list[list[Any]] = [[] for _ in users]
+        with contextlib.suppress(Damaged, StorageError):  # The watch notes it.
+            read = self.recorder.served_lately
+            lists, is_all = await _run(threads, read, users, lately, few)
+            if not is_all and few < most:
+                threads = self.large
+                lists, _ = await _run(threads, read, users, lately, most)
         # An earlier model of this name may have had ids of the other type.
         are_text = version.retriever.stored.items.are_text
-        lists = [[id_ for id_ in ids if isinstance(id_, str) == are_text] for ids in lists]
+        # A quarter of the candidates is left, so that no answers, however large, empty the next.
+        bound = version.retriever.num_candidates * 3 // 4
+        lists = [[id_ for id_ in ids if isinstance(id_, str) == are_text][:bound] for ids in lists]
         served = padded_ids(lists, are_text)
         exclude = np.concatenate([call.inputs["exclude"], served], axis=1)
-        return call._replace(inputs=call.inputs | {"exclude": exclude})
+        return call._replace(inputs=call.inputs | {"exclude": exclude}), threads
 
     def _keep(self, request_id: str, number: int, users: np.ndarray, items: np.ndarray) -> None:
         """Records what was served, for a share of the requests; the answer does not wait for it."""
@@ -190,12 +214,13 @@ def write_items(versions: ModelVersions, body: bytes, is_put: bool) -> dict[str,
 
 @contextlib.contextmanager
 def confirming(what: str, state: str = "and nothing has changed") -> Iterator[None]:
-    """Answers 503 if the block cannot put what it writes on disk, and logs why."""
+    """Answers 503 with the reason if the block cannot put what it writes on disk."""
     try:
         yield
-    except OSError:
-        logger.exception("a write of %s was not confirmed", what)
-        message = f"The {what} could not be put on disk, {state}; the server's log has more."
+    except (Damaged, OSError) as error:
+        if what == "items":  # The watch of the events notes the others.
+            logger.error("a write of %s was not confirmed: %s", what, error)
+        message = f"The {what} could not be put on disk, {state}: {error}"
         raise HTTPException(503, message, {"Retry-After": "1"}) from None
 
 
@@ -257,8 +282,14 @@ def _model_routes(server: ModelServer) -> list[Route]:
         server.authorize(request.headers.get("authorization", ""))
         threads = server.large if len(body) > SMALL_BODY_BYTES else server.threads
         read, num_unknown = await _run(threads, read_events, versions, body)
-        with confirming("events"):
-            num_new = await asyncio.wrap_future(server.recorder.submit(read))
+        outcome = "refused"
+        try:
+            with confirming("events"):
+                num_new = await asyncio.wrap_future(server.recorder.submit(read))
+            outcome = "confirmed"
+        finally:
+            for type_, num in collections.Counter(event.type for event in read).items():
+                EVENTS.labels(type_, outcome).inc(num)
         return JSONResponse({"num_new": num_new, "num_unknown_items": num_unknown})
 
     async def user(request: Request) -> Response:
@@ -295,8 +326,11 @@ def _model_routes(server: ModelServer) -> list[Route]:
         return PlainTextResponse("ok\n")
 
     async def readyz(request: Request) -> Response:
+        problem = await asyncio.to_thread(server.events.problem)
+        note = "; events are unavailable: users are answered by what the version holds"
         with versions.use() as version:
-            return PlainTextResponse(f"ok: {versions.name} version {version.number}\n")
+            ready = f"ok: {versions.name} version {version.number}{note if problem else ''}\n"
+            return PlainTextResponse(ready)
 
     async def prometheus(request: Request) -> Response:
         content = prometheus_client.generate_latest()
@@ -406,11 +440,12 @@ def serve(model: Path, settings: ServeSettings, on_ready: Callable[[str], None])
             log_config=None,
             access_log=False,
             server_header=False,
-            http=Connection,
+            http="httptools",
             ws="none",
             proxy_headers=False,
             timeout_keep_alive=30,
-            limit_concurrency=settings.max_connections,
+            # uvicorn refuses requests from this many open connections on.
+            limit_concurrency=settings.max_connections + 1,
             timeout_graceful_shutdown=settings.shutdown_seconds,
         )
         running = uvicorn.Server(config)

@@ -51,11 +51,13 @@ class ServeSettings(Config):
     """Share of the answers to users that is recorded, with items and ranks, for `tfrs-pipeline
     log`; 0 records none."""
     exclude_served_answers: int = Field(0, ge=0, le=MAX_ANSWERS)
-    """Leaves out of an answer to a user the items of this many answers before it. Needs
-    --record-share 1. `exclude_served` of a request replaces it."""
+    """Leaves out of an answer to a user the items of this many answers before it: of each the first
+    100, and in all `max_exclude` or three quarters of the candidates at most, those of the newest
+    answers first. Needs --record-share 1. `exclude_served` of a request replaces it."""
     exclude_served_hours: float = Field(0.0, ge=0)
     """Leaves out of an answer to a user the items of all answers in this many hours before it, of
-    the last 1,000 at most. Needs --record-share 1. `exclude_served` of a request replaces it."""
+    the last 1,000 at most, within the same bounds. Needs --record-share 1. `exclude_served` of a
+    request replaces it."""
     page: bool = True
     """Whether to serve the page at /, which compares the index with exact search."""
     # More contend for the interpreter's lock: with 4 on two cores, p99 is a fifth higher.
@@ -73,11 +75,12 @@ class ServeSettings(Config):
     max_results: PositiveInt = 20_000
     """Most results in a request: its queries times k."""
     max_exclude: PositiveInt = 2_000
-    """Longest list of items to exclude, and of values to filter by, per query."""
+    """Longest list of items to exclude, and of values to filter by, per query; also the most items
+    that are left out because they were served lately."""
     max_history: PositiveInt = 1_000
     """Longest history in a query; the model uses its most recent part."""
     max_connections: PositiveInt = 1_000
-    """Most open connections; further ones get a 503."""
+    """Most open connections; while there are more, every request gets a 503."""
     shutdown_seconds: PositiveInt = 20
     """Seconds that requests in flight have to finish after a signal to stop."""
 

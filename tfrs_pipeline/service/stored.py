@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tfrs_pipeline.data.ids import Ids, parse_id
 from tfrs_pipeline.retrieval import check_ids
 from tfrs_pipeline.samples.store import RowLists
-from tfrs_pipeline.search.queries import History
 
-_ITEMS = "items.parquet"
 _SORTED, _ROWS, _BYTES, _OFFSETS = "sorted", "rows", "bytes", "offsets"
 _LISTS = "histories", "known", "disliked"
 _TIMES, _COLUMN = "history_times", "feature_{}"
@@ -41,32 +37,32 @@ class MappedIds:
     A look-up costs a binary search, so it suits few ids at a time, such as the users of a request.
     """
 
-    def __init__(self, folder: Path, are_text: bool) -> None:
+    def __init__(self, folder: Path, name: str, are_text: bool) -> None:
         self.are_text = are_text
-        self._rows = read_array(folder, f"users_{_ROWS}")
+        self._rows = read_array(folder, f"{name}_{_ROWS}")
         if are_text:
-            self._bytes = read_array(folder, f"users_{_BYTES}")
-            self._offsets = read_array(folder, f"users_{_OFFSETS}")
+            self._bytes = read_array(folder, f"{name}_{_BYTES}")
+            self._offsets = read_array(folder, f"{name}_{_OFFSETS}")
         else:
-            self._sorted = read_array(folder, f"users_{_SORTED}")
+            self._sorted = read_array(folder, f"{name}_{_SORTED}")
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @staticmethod
-    def write(folder: Path, ids: np.ndarray) -> None:
+    def write(folder: Path, name: str, ids: np.ndarray) -> None:
         """Writes [n] distinct int64, or str in an object array, in the order of their rows."""
         if ids.dtype == np.int64:
             order = np.argsort(ids)
-            write_array(folder, f"users_{_SORTED}", ids[order])
+            write_array(folder, f"{name}_{_SORTED}", ids[order])
         else:
             texts = [id_.encode() for id_ in ids.tolist()]
             order = np.array(sorted(range(len(texts)), key=texts.__getitem__), np.int64)
             ordered = [texts[position] for position in order]
             offsets = np.cumsum([0, *map(len, ordered)], dtype=np.int64)
-            write_array(folder, f"users_{_BYTES}", np.frombuffer(b"".join(ordered), np.uint8))
-            write_array(folder, f"users_{_OFFSETS}", offsets)
-        write_array(folder, f"users_{_ROWS}", (order + 1).astype(np.int32))
+            write_array(folder, f"{name}_{_BYTES}", np.frombuffer(b"".join(ordered), np.uint8))
+            write_array(folder, f"{name}_{_OFFSETS}", offsets)
+        write_array(folder, f"{name}_{_ROWS}", (order + 1).astype(np.int32))
 
     def rows(self, values: Iterable[Any] | np.ndarray) -> np.ndarray:
         """Looks up the rows of ids: [n] int32 in their order, 0 where unknown."""
@@ -109,8 +105,8 @@ class Stored:
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         about = manifest["stored"]
-        self.items = Ids(pq.read_table(folder / _ITEMS)["item_id"].to_numpy())
-        self.users = MappedIds(folder, about["users_are_text"])
+        self.items = Ids(MappedIds(folder, "items", about["items_are_text"]).values())
+        self.users = MappedIds(folder, "users", about["users_are_text"])
         self._histories, self._known, self._disliked = (
             RowLists(read_array(folder, f"{name}_{_OFFSETS}"), read_array(folder, name))
             for name in _LISTS
@@ -137,8 +133,8 @@ class Stored:
         `lists` are the histories, most recent first, and the `known` and `disliked` items of each
         user row from 0; `times` are those of the histories' values.
         """
-        pq.write_table(pa.table({"item_id": item_ids}), folder / _ITEMS)
-        MappedIds.write(folder, user_ids)
+        MappedIds.write(folder, "items", item_ids)
+        MappedIds.write(folder, "users", user_ids)
         for name in _LISTS:
             write_array(folder, name, lists[name].values.astype(np.int32))
             write_array(folder, f"{name}_{_OFFSETS}", lists[name].offsets)
@@ -162,18 +158,14 @@ class Stored:
         check_ids([item_ids], are_text=self.items.are_text)
         return self.items.rows(item_ids) > 0
 
-    def history_rows(self, row: int) -> History:
-        """Returns what a user clicked, most recent first."""
-        times = None
-        if self._times is not None:
-            times = self._times[self._histories.offsets[row] : self._histories.offsets[row + 1]]
-        return History(self._histories[row], times)
+    def history(self, row: int) -> tuple[list[Any], np.ndarray]:
+        """Returns what a user clicked, oldest first, without items that the training did not have.
 
-    def history(self, row: int) -> list[tuple[Any, float]]:
-        """Returns what a user clicked, oldest first: ids, and seconds since 1970 (NaN: unknown)."""
-        rows, times = self.history_rows(row)
-        seconds = [np.nan] * len(rows) if times is None else times.tolist()
-        return [*zip(self._ids(rows), seconds, strict=True)][::-1]
+        Ids, and their times, [n] float64 seconds since 1970, NaN where unknown.
+        """
+        rows, start, end = self._histories[row], *self._histories.offsets[row : row + 2]
+        times = np.full(len(rows), np.nan) if self._times is None else self._times[start:end]
+        return self._ids(rows)[::-1], times[rows > 0][::-1]
 
     def known(self, row: int) -> list[Any]:
         """Returns what a user clicked; if the version was trained with `seen`, what they saw."""
@@ -189,4 +181,4 @@ class Stored:
         return self._ids(self._disliked[row])
 
     def _ids(self, rows: np.ndarray) -> list[Any]:
-        return list(self.items.take(rows).tolist())
+        return list(self.items.values[rows[rows > 0] - 1].tolist())

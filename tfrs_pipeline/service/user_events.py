@@ -10,24 +10,27 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import queue
+import sqlite3
 import string
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, FailFast, Field, TypeAdapter, create_model
 
-from tfrs_pipeline.data.ids import NO_ID
+from tfrs_pipeline.data.ids import MAX_ID_CHARACTERS, NO_ID
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.durable import StorageError
+from tfrs_pipeline.durable import Damaged, StorageError
 from tfrs_pipeline.features.numeric import Timestamp
-from tfrs_pipeline.service.database import BUSY_SECONDS, Database
+from tfrs_pipeline.service.database import BUSY_SECONDS, Database, Stamp
 from tfrs_pipeline.service.settings import MAX_ANSWERS, Lately
 
 logger = logging.getLogger(__name__)
@@ -41,50 +44,81 @@ TYPES: Mapping[str, str] = {
     **{stage.value: stage.value for stage in Stage},
 }
 
-_SCHEMA = """
-PRAGMA journal_mode = WAL;  -- Readers and the writer do not wait for each other.
+# Of the tables below; earlier files have 0. `user_version` says whether rows were dropped.
+_FORMAT = 1
+_TABLES = [
+    """
 CREATE TABLE IF NOT EXISTS events (
     user_id NOT NULL,        -- INTEGER or TEXT; without a type, 7 and '7' differ.
+    type TEXT NOT NULL,      -- A stage of a log.
     time INTEGER NOT NULL,   -- Milliseconds since 1970, exact.
     item_id NOT NULL,
-    type TEXT NOT NULL,      -- A stage of a log.
     request_id TEXT,         -- Of the answer that it belongs to.
     event_id INTEGER,        -- A hash of the client's own.
     arrival INTEGER NOT NULL,  -- Rises with every event; orders those of one time.
-    PRIMARY KEY (user_id, time, item_id, type)
-) WITHOUT ROWID;             -- The events of a user lie together, so that reading them is fast.
--- An index of `events` would also hold each row's key, and take twice as much.
-CREATE TABLE IF NOT EXISTS event_ids (id INTEGER PRIMARY KEY);
-CREATE TRIGGER IF NOT EXISTS event_known BEFORE INSERT ON events
-    WHEN NEW.event_id IN (SELECT id FROM event_ids) BEGIN SELECT RAISE(IGNORE); END;
-CREATE TRIGGER IF NOT EXISTS event_added AFTER INSERT ON events WHEN NEW.event_id IS NOT NULL
-    BEGIN INSERT INTO event_ids VALUES (NEW.event_id); END;
-CREATE TRIGGER IF NOT EXISTS event_deleted AFTER DELETE ON events WHEN OLD.event_id IS NOT NULL
-    BEGIN DELETE FROM event_ids WHERE id = OLD.event_id; END;
+    PRIMARY KEY (user_id, type, time, item_id)
+) WITHOUT ROWID;             -- A user's events of a type lie together, so reading them is fast.
+""",
+    # An index of `events` would also hold each row's key, and take twice as much.
+    "CREATE TABLE IF NOT EXISTS event_ids (id INTEGER PRIMARY KEY);",
+    """
 CREATE TABLE IF NOT EXISTS served (
-    request_id TEXT PRIMARY KEY,
+    arrival INTEGER PRIMARY KEY,  -- Rises with every answer, whatever the clock does.
+    request_id TEXT NOT NULL,     -- Several answers may have the same: a client chooses it.
     user_id NOT NULL,
     time INTEGER NOT NULL,
     version INTEGER NOT NULL,  -- That answered.
     items TEXT NOT NULL        -- JSON: the ids, best first.
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS served_to ON served (user_id, time);
-"""
+);
+""",
+    "CREATE INDEX IF NOT EXISTS served_by_user ON served (user_id);",
+]
+_TRIGGERS = [
+    """
+CREATE TRIGGER IF NOT EXISTS event_known BEFORE INSERT ON events
+    WHEN NEW.event_id IN (SELECT id FROM event_ids) BEGIN SELECT RAISE(IGNORE); END;
+""",
+    """
+CREATE TRIGGER IF NOT EXISTS event_added AFTER INSERT ON events WHEN NEW.event_id IS NOT NULL
+    BEGIN INSERT INTO event_ids VALUES (NEW.event_id); END;
+""",
+    """
+CREATE TRIGGER IF NOT EXISTS event_deleted AFTER DELETE ON events WHEN OLD.event_id IS NOT NULL
+    BEGIN DELETE FROM event_ids WHERE id = OLD.event_id; END;
+""",
+    f"PRAGMA application_id = {_FORMAT};",
+]
+# Readers and the writer do not wait for each other.
+_SCHEMA = "\n".join(["PRAGMA journal_mode = WAL;", *_TABLES, *_TRIGGERS])
+_EVENT = "user_id, time, item_id, type, request_id, event_id"
+_ANSWER = "request_id, user_id, time, version, items"
+# Format 0 had other keys: an answer's was its request_id.
+_BRING_FORWARD = [
+    *(f"ALTER TABLE {table} RENAME TO old_{table}" for table in ("events", "served")),
+    *_TABLES,
+    f"INSERT INTO events ({_EVENT}, arrival) SELECT {_EVENT}, arrival FROM old_events",
+    f"INSERT INTO served ({_ANSWER}) SELECT {_ANSWER} FROM old_served ORDER BY user_id, time",
+    *(f"DROP TABLE old_{table}" for table in ("events", "served")),  # And their triggers, index.
+    *_TRIGGERS,
+]
 # The level of a type is its stage's position in the funnel.
 _STAGES = [stage.value for stage in Stage]
 _LEVELS = "".join(f" WHEN '{stage}' THEN {level}" for level, stage in enumerate(_STAGES))
 _STAGE_OF_LEVEL = "".join(f" WHEN {level} THEN '{stage}'" for level, stage in enumerate(_STAGES))
 # Columns without an aggregate come from the row with the largest level. Events without a request
-# are rows of their own: no text equals a negative number.
+# are rows of their own: no text equals a negative number. If several answers of a request have an
+# item, events belong to the last one.
 _LOG = f"""
 SELECT CAST(user_id AS {{}}), CAST(item_id AS {{}}), time, CASE max(level) {_STAGE_OF_LEVEL} END,
     request_id, sum(rank) FROM (
     SELECT served.user_id, item.value AS item_id, time, 0 AS level, request_id,
-    item.key + 1 AS rank, 0 AS arrival FROM served, json_each(served.items) AS item
+    item.key + 1 AS rank, 0 AS arrival, row_number() OVER (
+        PARTITION BY served.user_id, request_id, item.value ORDER BY {{}} DESC) AS nth_last
+    FROM served, json_each(served.items) AS item
     UNION ALL
-    SELECT user_id, item_id, time, CASE type {_LEVELS} END, request_id, NULL, arrival FROM events
-) GROUP BY user_id, item_id, coalesce(request_id, -time)
-ORDER BY time, request_id, 6, arrival, user_id
+    SELECT user_id, item_id, time, CASE type {_LEVELS} END, request_id, NULL, arrival, 1 FROM events
+) GROUP BY user_id, item_id, coalesce(request_id, -time), nth_last
+ORDER BY time, user_id, arrival, request_id, 6
 """
 # Models of one name may have had numbers as ids, and later text. SQLite sorts text behind numbers.
 _ID_TYPES = """
@@ -94,9 +128,11 @@ SELECT typeof(coalesce(max(user_id), 0)), typeof(coalesce(max(item_id), 0)) FROM
 )
 """
 # What users do. Other stages are a ranker's: the hundred of each answer would push out the rest.
-_OF_USERS = f"type IN ('{Stage.CLICKED}', '{Stage.EXPOSED}', '{Stage.DISLIKED}')"
-# A request reads this many of a user's newest events. No person has more; a bot may.
+_OF_USERS = (Stage.CLICKED.value, Stage.EXPOSED.value, Stage.DISLIKED.value)
+# A request reads this many of a user's newest events of a type. No person has more; a bot may.
 _MAX_EVENTS = 10_000
+# Of an answer, so many items count as served: nobody looks further.
+_RANKS_SEEN = 100
 _DAY_MS = 86_400_000
 _MAX_TAKEN = 500  # Requests that are written in one transaction.
 # While others read SQLite's log of writes, it cannot be cut: number of tries, and seconds between.
@@ -156,11 +192,88 @@ def _filled(items: np.ndarray) -> list[Any]:
     return [_as_text(item) for item in items.tolist() if item not in (-1, b"", "")]
 
 
+class Watch:
+    """What a server knows of its file of events: each change is a line in the log.
+
+    Attributes:
+        unreadable: Why events cannot be read; "" if they can.
+        is_rewriting: Whether this process writes the file anew.
+    """
+
+    def __init__(self) -> None:
+        self.unreadable, self._unwritable, self.is_rewriting = "", "", False
+        self._damaged: Stamp | None = None
+        self._identity: tuple[Any, ...] | None = None
+        self._lock = threading.Lock()
+
+    def refuse(self, stamp: Stamp | None) -> None:
+        """Raises `Damaged` before a write to a damaged file.
+
+        What its whole pages would still take would be lost when a backup takes its place.
+        """
+        if stamp is not None and stamp == self._damaged:
+            raise Damaged(self.unreadable)
+
+    def failed(self, error: Exception, stamp: Stamp | None, is_writer: bool) -> None:
+        """Notes that a read or a write failed."""
+        with self._lock:
+            if is_writer and isinstance(error, StorageError):
+                if self._unwritable != (cause := str(error)):
+                    logger.error("%s Until it can be written, events are refused.", cause)
+                self._unwritable = cause
+                return
+            if not self.unreadable:
+                logger.error("%s Until then, answers go without events.", error)
+                self.unreadable = str(error)
+            self._damaged = stamp if isinstance(error, Damaged) else None
+
+    def worked(
+        self, stamp: Stamp | None, identity: tuple[Any, ...] | None, is_writer: bool
+    ) -> None:
+        """Notes that a read or a write worked; another page of the same file may be damaged."""
+        with self._lock:
+            if self._identity not in (None, identity) and not self.is_rewriting:
+                change = "replaced, restored or written anew" if identity else "deleted"
+                logger.warning("The file of events was %s.", change)
+            self._identity = None if self.is_rewriting else identity
+            if self.unreadable and (self._damaged is None or stamp != self._damaged):
+                logger.warning("The events can be read again.")
+                self.unreadable, self._damaged = "", None
+            if is_writer and self._unwritable:
+                logger.warning("The events can be written again.")
+                self._unwritable = ""
+
+
 class Journal(Database):
     """The events of all users; see `Database` for what its methods raise."""
 
     file_name, schema = JOURNAL_FILE, _SCHEMA
     what_is_lost = "; its events are then lost, unless `tfrs-pipeline log` wrote them to a file"
+
+    def __init__(self, folder: Path, watch: "Watch | None" = None) -> None:
+        super().__init__(folder)
+        self._watch = watch
+
+    def another(self) -> "Journal":
+        """Returns another connection to the file."""
+        return Journal(self.path.parent, self._watch)
+
+    @contextlib.contextmanager
+    def _opened(self, *, is_writer: bool = False) -> Iterator[sqlite3.Connection | None]:
+        if self._watch is None:
+            with super()._opened(is_writer=is_writer) as connection:
+                yield connection
+            return
+        stamp = self._stamp()
+        if is_writer:
+            self._watch.refuse(stamp)
+        try:
+            with super()._opened(is_writer=is_writer) as connection:
+                yield connection
+        except (Damaged, StorageError) as error:
+            self._watch.failed(error, stamp, is_writer)
+            raise
+        self._watch.worked(stamp, self._identity, is_writer)
 
     def write(self, groups: Sequence[Sequence[Event]], answers: Iterable[Answer] = ()) -> list[int]:
         """Writes groups of events, and answers, in one transaction.
@@ -168,16 +281,14 @@ class Journal(Database):
         Returns how many events of each group were new. An event is not new if its `event_id` is
         there already, or an event of the same user, item, type and millisecond.
         """
-        insert = "INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?, ?, ?)"
+        insert = f"INSERT OR IGNORE INTO events ({_EVENT}, arrival) VALUES (?, ?, ?, ?, ?, ?, ?)"
         with self.writing() as connection:
-            # Fails in files of earlier versions, which have no such table.
-            connection.execute("SELECT id FROM event_ids LIMIT 0")
             served = (
                 (request_id, user_id, answer.time, answer.version, json.dumps(_filled(items)))
                 for answer in answers
                 for request_id, user_id, items in answer.by_query()
             )
-            connection.executemany("INSERT OR IGNORE INTO served VALUES (?, ?, ?, ?, ?)", served)
+            connection.executemany(f"INSERT INTO served ({_ANSWER}) VALUES (?, ?, ?, ?, ?)", served)
             # Microseconds: fewer than a million events a second arrive.
             arrivals = itertools.count(time.time_ns() // 1000)
             return [
@@ -191,40 +302,55 @@ class Journal(Database):
         """Reads what users clicked, were shown or disliked, by user, oldest first.
 
         Users without such an event are left out. Events of one time are in the order of their
-        arrival. Of a user with more than 10,000 events, reads the newest 10,000.
+        arrival. Of each type, reads a user's newest 10,000. A server goes on with none if they
+        cannot be read.
         """
+        try:
+            return self._of_users(user_ids)
+        except (Damaged, StorageError):
+            if self._watch is None:
+                raise
+            return {}
+
+    def _of_users(self, user_ids: Collection[Any]) -> dict[Any, list[Event]]:
         query = (
-            f"SELECT {', '.join(Event._fields)} FROM events WHERE user_id = ? AND {_OF_USERS} "
+            f"SELECT {_EVENT}, arrival FROM events WHERE user_id = ? AND type = ? "
             "ORDER BY time DESC, arrival DESC LIMIT ?"
         )
+        read: dict[Any, list[Event]] = {}
         with self._opened() as connection:
             if connection is None:
                 return {}
-            read = {}
             for id_ in dict.fromkeys(user_ids):
+                rows: list[Any] = []
                 with contextlib.suppress(OverflowError):  # No event has an id beyond 64 bits.
-                    read[id_] = connection.execute(query, (_plain(id_), _MAX_EVENTS)).fetchall()
-        return {id_: [*map(Event._make, rows[::-1])] for id_, rows in read.items() if rows}
+                    for type_ in _OF_USERS:
+                        rows += connection.execute(query, (_plain(id_), type_, _MAX_EVENTS))
+                if rows:
+                    rows.sort(key=lambda row: (row[1], row[-1]))
+                    read[id_] = [Event(*row[:-1]) for row in rows]
+        return read
+
+    def problem(self) -> str:
+        """Looks at the file; returns why a server cannot read events, "" if it can."""
+        with contextlib.suppress(Damaged, StorageError), self._opened():
+            pass
+        return self._watch.unreadable if self._watch else ""
 
     def user_ids(self) -> list[Any]:
         """Reads the ids of all users who did something, ascending; integers come before text."""
-        query = f"SELECT DISTINCT user_id FROM events WHERE {_OF_USERS} ORDER BY user_id"
+        query = f"SELECT DISTINCT user_id FROM events WHERE type IN {_OF_USERS} ORDER BY user_id"
         with self._opened() as connection:
             return [id_ for (id_,) in (connection.execute(query) if connection else ())]
 
-    def served_to(self, user_id: Any, lately: Lately) -> dict[str, tuple[int, list[Any]]]:
-        """Reads a user's answers: request_id -> milliseconds since 1970, and item ids.
-
-        All that `lately` asks for are among them, of at most 1,000.
-        """
-        query = (
-            "SELECT request_id, time, items FROM served WHERE user_id = ? "
-            "ORDER BY time DESC LIMIT ?"
-        )
-        most = MAX_ANSWERS if lately.hours else lately.answers
+    def served_to(self, user_id: Any) -> Iterator[tuple["_Key", list[Any]]]:
+        """Yields a user's answers as they are asked for, by order of arrival, newest first."""
         with self._opened() as connection:
-            rows = connection.execute(query, (user_id, most)) if connection else ()
-            return {request_id: (time, json.loads(items)) for request_id, time, items in rows}
+            if connection is not None:
+                query = f"SELECT {_ANSWER} FROM served WHERE user_id = ? ORDER BY {{}} DESC"
+                rows = connection.execute(query.format(_arrival(connection)), (user_id,))
+                for request_id, _, time_, _, items in rows:
+                    yield (request_id, time_), json.loads(items)[:_RANKS_SEEN]
 
     def log(self, num_rows: int) -> Iterator[list[tuple[Any, ...]]]:
         """Yields all that is recorded as rows of an event table, in blocks, ordered by time.
@@ -237,7 +363,8 @@ class Journal(Database):
         with self._opened() as connection:
             if connection is None:
                 return
-            rows = connection.execute(_LOG.format(*connection.execute(_ID_TYPES).fetchone()))
+            id_types = connection.execute(_ID_TYPES).fetchone()
+            rows = connection.execute(_LOG.format(*id_types, _arrival(connection)))
             while block := rows.fetchmany(num_rows):
                 yield block
 
@@ -260,6 +387,18 @@ class Journal(Database):
                         counts[-1] += connection.execute(delete, ids).rowcount
         self._rewrite()
         return counts
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """As `Database.writing`; first brings a file of an earlier format forward."""
+        with super().writing() as connection:
+            # Fails in files of still earlier versions, which have no such table.
+            connection.execute("SELECT id FROM event_ids LIMIT 0")
+            if (number := _format_of(connection)) > _FORMAT:
+                raise sqlite3.DatabaseError(f"its format is {number}, and not {_FORMAT}")
+            for statement in _BRING_FORWARD if number < _FORMAT else ():
+                connection.execute(statement)
+            yield connection
 
     def moment(self) -> int:
         """Returns the moment after all events that are written by now; see `drop_older`."""
@@ -289,12 +428,31 @@ class Journal(Database):
 
     def _rewrite(self) -> None:
         """Writes the file anew, without a byte of deleted rows; readers do not wait."""
-        with self._opened() as connection:
+        watch = self._watch or Watch()
+        watch.is_rewriting = True
+        try:
+            self._vacuum()
+        finally:
+            watch.is_rewriting = False
+
+    def _vacuum(self) -> None:
+        with self._opened(is_writer=True) as connection:
             assert connection is not None
             # Free space in the file may hold old copies of rows, also with `secure_delete`. Writers
             # would not have to wait for `VACUUM INTO` a second file. But once that is renamed over
             # the first, other processes may still commit to the old one, and lose it.
-            connection.execute("VACUUM")
+            folder = str(self.path.parent.absolute()).replace("'", "''")
+            try:
+                # VACUUM makes a copy first: not in TMPDIR, which may be small, or in memory.
+                connection.execute(f"PRAGMA temp_store_directory = '{folder}'")
+                connection.execute("VACUUM")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+                    raise
+                raise StorageError(
+                    f"{self.path}: {error}. Rewriting it takes up to "
+                    f"{2 * self.path.stat().st_size / 1e6:,.1f} MB more in {self.path.parent}."
+                ) from error
             # The log holds what was written until it is copied into the file and cut. While SQLite
             # waits for those who read the log, nobody can write. So it does not wait, but is asked
             # again and again.
@@ -310,6 +468,15 @@ class Journal(Database):
         raise StorageError(f"{self.path}-wal is being read and may hold events: delete again.")
 
 
+def _format_of(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA application_id").fetchone()[0])
+
+
+def _arrival(connection: sqlite3.Connection) -> str:
+    """Returns the column that orders answers: a file that was not brought forward has times."""
+    return "arrival" if _format_of(connection) else "time"
+
+
 class _Group(NamedTuple):
     events: Sequence[Event]
     done: "Future[int]"
@@ -320,23 +487,28 @@ class _Deletion(NamedTuple):
     done: "Future[int]"
 
 
+# The request_id of a user's answer, and its time.
+_Key: TypeAlias = tuple[str, int]
 _Entry: TypeAlias = _Group | _Deletion | Answer | None
 
 
 class Recorder:
     """Writes events and answers, and deletes those of a user, in a thread.
 
+    `on_lost` is called with the number of answers that could not be written.
+
     All entries that arrive during a write go into the next one. It waits for the disk once, however
     many clients it confirms.
     """
 
-    def __init__(self, journal: Journal) -> None:
-        self.journal = journal
-        # With its own connection, a query does not wait for a write.
-        self._reader = Journal(journal.path.parent)
+    def __init__(
+        self, journal: Journal, on_lost: Callable[[int], object] = lambda num: None
+    ) -> None:
+        self.journal, self._on_lost = journal, on_lost
+        self._of_thread = threading.local()
         self._queue: queue.SimpleQueue[_Entry] = queue.SimpleQueue()
-        # By user, the answers in the queue: request_id, time, items.
-        self._waiting: dict[Any, dict[str, tuple[int, np.ndarray]]] = {}
+        # By user, the answers in the queue, in their order.
+        self._waiting: dict[Any, dict[_Key, np.ndarray]] = {}
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
         self._thread.start()
@@ -364,26 +536,43 @@ class Recorder:
             with self._lock:
                 for request_id, user_id, items in answer.by_query():
                     waiting = self._waiting.setdefault(user_id, {})
-                    waiting.setdefault(request_id, (answer.time, items))
+                    waiting.setdefault((request_id, answer.time), items)
             self._queue.put(answer)
         return has_room
 
-    def served_lately(self, user_ids: Sequence[Any], lately: Lately) -> list[list[Any]]:
-        """Returns the ids of the items that each user was served lately, newest answer first.
+    def served_lately(
+        self, user_ids: Sequence[Any], lately: Lately, most: int
+    ) -> tuple[list[list[Any]], bool]:
+        """Returns the distinct ids of items that each user was served lately, newest answer first.
 
-        Answers that are not yet written count too.
+        Answers that are not yet written count too, and of an answer its first 100 items. Reading
+        ends after `most` items of a user, where those that come again count too. Returns also
+        whether these are all that users were served lately.
         """
-        since = time.time() * 1000 - lately.hours * 3_600_000
-        lists = []
-        for user_id in user_ids:
-            with self._lock:  # First, since an answer is written before it stops waiting.
-                waiting = [*self._waiting.get(user_id, {}).items()]
-            answers = self._reader.served_to(user_id, lately)
-            answers |= {id_: (time_, _filled(items)) for id_, (time_, items) in waiting}
-            newest = enumerate(sorted(answers.values(), key=lambda answer: -answer[0]))
-            recent = (ids for n, (time_, ids) in newest if n < lately.answers or time_ > since)
-            lists.append([*itertools.chain.from_iterable(recent)])
-        return lists
+        read = {id_: self._served_lately(id_, lately, most) for id_ in dict.fromkeys(user_ids)}
+        lists = [[*dict.fromkeys(read[id_])][:most] for id_ in user_ids]
+        return lists, all(len(ids) < most for ids in read.values())
+
+    def _served_lately(self, user_id: Any, lately: Lately, most: int) -> list[Any]:
+        since = time.time() * 1000 - lately.hours * 3_600_000 if lately.hours else math.inf
+        with self._lock:  # First, since an answer is written before it stops waiting.
+            newest = reversed(self._waiting.get(user_id, {}).items())
+            waiting = dict(itertools.islice(newest, MAX_ANSWERS))
+        # A connection of each thread waits for no write and for no other query.
+        if not hasattr(self._of_thread, "reader"):
+            self._of_thread.reader = self.journal.another()
+        written = self._of_thread.reader.served_to(user_id)
+        ids: list[Any] = []
+        with contextlib.closing(written):
+            answers = itertools.chain(
+                ((key, _filled(items[:_RANKS_SEEN])) for key, items in waiting.items()),
+                ((key, items) for key, items in written if key not in waiting),
+            )
+            for num, ((_, time_), items) in enumerate(itertools.islice(answers, MAX_ANSWERS)):
+                if len(ids) >= most or (num >= lately.answers and time_ <= since):
+                    break
+                ids += items
+        return ids
 
     def close(self) -> None:
         """Writes what is queued, then ends the thread."""
@@ -419,12 +608,12 @@ class Recorder:
         events = [group.events for group in groups]
         error = _confirm(groups, self.journal.write, events, answers)
         if error and answers:
-            logger.warning("%s answers were not recorded: %s", len(answers), error)
+            self._on_lost(len(answers))
         with self._lock:
             for answer in answers:
                 for request_id, user_id, _ in answer.by_query():
                     waiting = self._waiting.get(user_id, {})
-                    waiting.pop(request_id, None)
+                    waiting.pop((request_id, answer.time), None)
                     if not waiting:
                         self._waiting.pop(user_id, None)
 
@@ -534,7 +723,9 @@ def _id(value: Any) -> Any:
 
 
 _Text: TypeAlias = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
-_TextId: TypeAlias = Annotated[str, Field(strict=True, max_length=1000), BeforeValidator(_id)]
+_TextId: TypeAlias = Annotated[
+    str, Field(strict=True, max_length=MAX_ID_CHARACTERS), BeforeValidator(_id)
+]
 _IntegerId: TypeAlias = Annotated[
     int, Field(strict=True, ge=-(2**63), lt=2**63), BeforeValidator(_id)
 ]

@@ -1,5 +1,6 @@
 """What each user did until now: the history that a version holds, and the events since."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -9,39 +10,26 @@ import numpy as np
 
 from tfrs_pipeline.data.schema import Exclude, Stage
 from tfrs_pipeline.search.exclusions import KNOWN_STAGES, left_out, left_out_by_history
-from tfrs_pipeline.search.queries import History
 from tfrs_pipeline.service.stored import Stored
-from tfrs_pipeline.service.user_events import Journal
+from tfrs_pipeline.service.user_events import Event, Journal
 
 
-class Recent(NamedTuple):
-    """What a user did until now.
+class UserNow(NamedTuple):
+    """A user as they are now.
 
     Attributes:
-        history: Item ids, oldest first, without disliked ones.
-        times: Their times in seconds since 1970; NaN where unknown.
+        history: Ids of the items that the user clicked, oldest first, without disliked ones.
+        times: Their times, [n] float64 seconds since 1970; NaN where unknown.
         known: Ids of items that the version holds as known, and of the events that make an item
             known by its rule; `left_out` decides.
         disliked: Ids of items that the user disliked, before the end of the log or since.
-    """
-
-    history: list[Any]
-    times: list[float]
-    known: list[Any]
-    disliked: list[Any]
-
-
-class UserState(NamedTuple):
-    """A user as a query by user id needs it.
-
-    Attributes:
-        history: The items that training had, most recent first.
-        left_out: Ids of items that no answer holds.
         is_known: Whether the training, or an event since, had the user.
     """
 
-    history: History
-    left_out: list[Any]
+    history: list[Any]
+    times: np.ndarray
+    known: list[Any]
+    disliked: list[Any]
     is_known: bool
 
 
@@ -73,72 +61,48 @@ class Users:
         """Whether the version itself holds items that answers to some user leave out."""
         return self._rule != "none" or self._stored.has_dislikes
 
-    def states(self, user_ids: Sequence[Any]) -> list[UserState]:
-        """Returns users as they are now."""
-        stored, recent = self._stored, self.until_now(user_ids)
-        states = []
-        for position, row in enumerate(stored.user_rows(user_ids)):
-            if (now := recent.get(position)) is None:
-                known = [] if self._rule == "none" else stored.known(row)
-                without = left_out(self._rule, known, stored.disliked(row))
-                states.append(UserState(stored.history_rows(row), without, row > 0))
-                continue
-            rows = stored.items.rows(now.history)[::-1]
-            times = np.array(now.times, np.float64)[::-1]
-            history = History(rows[rows > 0], times[rows > 0] if stored.reads_times else None)
-            without = left_out(self._rule, now.known, now.disliked)
-            states.append(UserState(history, without, is_known=True))
-        return states
+    def now(self, user_ids: Sequence[Any]) -> list[UserNow]:
+        """Returns users as they are now; one without a trace has empty lists."""
+        rows = self._stored.user_rows(user_ids)
+        events_by_user = {} if self.journal is None else self.journal.of_users(user_ids)
+        pairs = zip(rows, user_ids, strict=True)
+        return [self._now(row, events_by_user.get(user_id, ())) for row, user_id in pairs]
 
-    def until_now(self, user_ids: Sequence[Any]) -> dict[int, Recent]:
-        """Returns what users with events did, by their position among `user_ids`.
-
-        Users without an event are left out: the stored history is all that they did.
-        """
-        if self.journal is None or not (events_by_user := self.journal.of_users(user_ids)):
-            return {}
-        positions = [position for position, id_ in enumerate(user_ids) if id_ in events_by_user]
-        rows = self._stored.user_rows([user_ids[position] for position in positions])
+    def _now(self, row: int, events: Sequence[Event]) -> UserNow:
+        stored, is_known = self._stored, row > 0 or bool(events)
+        (history, times), known, disliked = (
+            stored.history(row),
+            stored.known(row),
+            stored.disliked(row),
+        )
+        if not events:
+            return UserNow(history, times, known, disliked, is_known)
         # An earlier model of this name may have had item ids of the other type.
-        items_are_text = self._stored.items.are_text
-        recent = {}
-        for position, row in zip(positions, rows, strict=True):
-            events = [
-                event
-                for event in events_by_user[user_ids[position]]
-                if isinstance(event.item_id, str) == items_are_text
-            ]
-            disliked = self._stored.disliked(row)
-            disliked += [event.item_id for event in events if event.type == Stage.DISLIKED]
-            clicks = self._stored.history(row)
-            clicks += [
-                # Whole seconds, as in training.
-                (event.item_id, event.time // 1000)
-                for event in events
-                if event.type == Stage.CLICKED and event.time > self.until
-            ]
-            gone = dict.fromkeys(disliked)  # Each item once.
-            clicks = [click for click in clicks if click[0] not in gone]
-            known = self._stored.known(row)
-            known += [event.item_id for event in events if event.type in KNOWN_STAGES[self._rule]]
-            recent[position] = Recent(
-                [item_id for item_id, _ in clicks],
-                [time for _, time in clicks],
-                known,
-                [*gone],
-            )
-        return recent
+        are_text = stored.items.are_text
+        events = [event for event in events if isinstance(event.item_id, str) == are_text]
+        disliked += [event.item_id for event in events if event.type == Stage.DISLIKED]
+        known += [event.item_id for event in events if event.type in KNOWN_STAGES[self._rule]]
+        is_later = (event.type == Stage.CLICKED and event.time > self.until for event in events)
+        clicks = [*itertools.compress(events, is_later)]
+        history += [click.item_id for click in clicks]
+        # Whole seconds, as in training.
+        times = np.append(times, [click.time // 1000 for click in clicks])
+        gone = dict.fromkeys(disliked)  # Each item once.
+        is_left = [item_id not in gone for item_id in history]
+        history = [*itertools.compress(history, is_left)]
+        return UserNow(history, times[np.array(is_left, bool)], known, [*gone], is_known)
+
+    def left_out(self, user: UserNow) -> list[Any]:
+        """Returns the ids that no answer to a user by id holds."""
+        return left_out(self._rule, user.known, user.disliked)
 
     def history(self, user_id: Any) -> list[Any]:
         """Returns the history of a user until now, most recent first; [] for an unknown user."""
-        if now := self.until_now([user_id]):
-            return now[0].history[::-1]
-        (row,) = self._stored.user_rows([user_id])
-        return [item_id for item_id, _ in self._stored.history(row)][::-1]
+        return self.now([user_id])[0].history[::-1]
 
     def disliked(self, user_ids: Sequence[Any]) -> list[list[Any]]:
         """Returns what each user disliked until now, in the training's log and in service."""
-        return [disliked for _, disliked in self._known_and_disliked(user_ids)]
+        return [user.disliked for user in self.now(user_ids)]
 
     def left_out_by_history(
         self, user_ids: Sequence[Any], histories: Sequence[Sequence[Any]]
@@ -149,14 +113,7 @@ class Users:
         rule "seen", also what they have seen. A user whom the training did not have may have seen
         or disliked items in service.
         """
-        pairs = zip(histories, self._known_and_disliked(user_ids), strict=True)
-        return [left_out_by_history(self._rule, history, *lists) for history, lists in pairs]
-
-    def _known_and_disliked(self, user_ids: Sequence[Any]) -> list[tuple[list[Any], list[Any]]]:
-        recent = self.until_now(user_ids)
         return [
-            (recent[line].known, recent[line].disliked)
-            if line in recent
-            else (self._stored.known(row), self._stored.disliked(row))
-            for line, row in enumerate(self._stored.user_rows(user_ids))
+            left_out_by_history(self._rule, history, user.known, user.disliked)
+            for user, history in zip(self.now(user_ids), histories, strict=True)
         ]

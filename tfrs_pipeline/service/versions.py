@@ -18,7 +18,6 @@ from prometheus_client import Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
 
 from tfrs_pipeline.search.candidates import UnknownItem
-from tfrs_pipeline.service.connections import BUCKETS_SECONDS
 from tfrs_pipeline.service.database import Replaced
 from tfrs_pipeline.service.publish import (
     MANIFEST_FILE,
@@ -26,6 +25,7 @@ from tfrs_pipeline.service.publish import (
     no_model_at,
     versions_of,
 )
+from tfrs_pipeline.service.request_metrics import BUCKETS_SECONDS
 from tfrs_pipeline.service.rest import SignatureInputs, bad_request
 from tfrs_pipeline.service.retriever import load
 from tfrs_pipeline.service.settings import ServeSettings
@@ -179,11 +179,15 @@ class ModelVersions:
 
     def watch(self, poll_seconds: float, stop: threading.Event) -> None:
         """Looks for new versions and live items until it is told to stop."""
+        problem = ""
         while not stop.wait(poll_seconds):
             try:
                 self.refresh()
-            except Exception:  # For instance a disk that is offline: the next look may succeed.
-                logger.exception("cannot look for versions of %s", self.name)
+                problem = ""
+            except Exception as error:  # As of a disk that is offline: the next look may succeed.
+                if problem != str(error):  # Once, and not every two seconds.
+                    logger.exception("cannot look for versions of %s", self.name)
+                problem = str(error)
 
     @contextlib.contextmanager
     def use(self, number: str | None = None) -> Iterator[ServedVersion]:
