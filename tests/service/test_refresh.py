@@ -4,8 +4,10 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,21 +16,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.exports.saved import ask_saved_model
 from tests.service.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tests.small_log import Watched
 from tfrs_pipeline import Auto, DataError, Exact, LoadedRetriever, Scann, load
 from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.exports.export import export
+from tfrs_pipeline.exports.graph_index import load_scann_ops
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.run import refresh
 from tfrs_pipeline.run.refresh import refresh_index
-from tfrs_pipeline.service import retriever
+from tfrs_pipeline.search import searcher
+from tfrs_pipeline.service import retriever, signatures
 from tfrs_pipeline.service import version as version_module
-from tfrs_pipeline.service.publish import MANIFEST_FILE, versions_of
+from tfrs_pipeline.service.publish import (
+    MANIFEST_FILE,
+    SAVED_MODEL_PARTS,
+    SCANN_FOLDER,
+    versions_of,
+)
+from tfrs_pipeline.service.settings import ServeSettings
+from tfrs_pipeline.service.signatures import RETRIEVALS
 from tfrs_pipeline.service.version import ExportOptions
+from tfrs_pipeline.service.versions import ServedVersion
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
-
+# As they are without the two fixtures.
+SAVE_GRAPHS, ALL_RETRIEVALS = refresh._save_graphs, RETRIEVALS
 
 NUM_GONE = 7
 # Two ids: one sorts before those of the training, and one after them.
@@ -207,6 +222,76 @@ def test_what_a_refresh_asks_for_holds_for_the_next(
     assert [x["index"] for x in asked] == [Scann(recall=0.9), Scann(recall=0.9), Auto(recall=0.8)]
     assert [x["keep_versions"] for x in asked] == [1, 3, 1]
     assert [(x["path"], x["filter_by"]) for x in asked] == [(folder, "genres")] * 3
+
+
+@pytest.mark.slow
+def test_the_savedmodel_of_a_refresh_answers_as_its_service(
+    of_int: Served,
+    exported: Exported,
+    items_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Written in a process of its own, with ScaNN's operation too."""
+    monkeypatch.setattr(refresh, "_save_graphs", SAVE_GRAPHS)
+    monkeypatch.setattr(signatures, "RETRIEVALS", ALL_RETRIEVALS)
+    folder = Path(shutil.copytree(exported("int", "scann"), tmp_path / "films"))
+    done = refresh_index(folder, items_file)
+    assert not any("SavedModel" in note for note in done.notes)
+    assert versions_of(folder) == [1, 2]
+    loaded, exact = load(done.folder), load(done.folder, exact=True)
+    queries = of_int.queries()
+    arrays = {**loaded.inputs.read(queries), "k": 9}
+    ids, scores, _ = exact.retrieve_user(of_int.query_ids.tolist(), 9)
+    load_scann_ops()
+    for part in (Path(), SCANN_FOLDER):
+        by_user = ask_saved_model(done.folder / part, "retrieve_user", arrays, len(queries))
+        assert by_user["candidate_ids"].tolist() == ids.tolist()
+        np.testing.assert_allclose(by_user["scores"], scores, atol=1e-5)
+        found = ask_saved_model(done.folder / part, "retrieve", arrays, len(queries))
+        assert found["candidate_ids"].tolist() == loaded.retrieve(queries, 9)[0].tolist()
+        # Of today's items, not of those before.
+        similar = {"item_id": [NEW_IDS["int"][0]], "k": 4}
+        best = ask_saved_model(done.folder / part, "similar", similar, 1)["candidate_ids"]
+        assert best.tolist() == exact.similar([NEW_IDS["int"][0]], 4)[0].tolist()
+    before, after = (read_record(folder / n / MANIFEST_FILE, check_files=False) for n in "12")
+    assert after["signatures"] == before["signatures"]
+
+
+def test_without_tensorflow_a_refresh_says_that_it_writes_no_savedmodel(
+    folder: Path, items_file: Path, monkeypatch: pytest.MonkeyPatch, of_int: Served
+) -> None:
+    monkeypatch.setattr(refresh, "_save_graphs", SAVE_GRAPHS)
+    monkeypatch.setattr(
+        refresh, "find_spec", lambda name: None if name == "tensorflow" else find_spec(name)
+    )
+    done = refresh_index(folder, items_file)
+    (note,) = [note for note in done.notes if "SavedModel" in note]
+    assert note.startswith("no SavedModel is written: TensorFlow is not installed here, or ")
+    assert not [part for part in SAVED_MODEL_PARTS if (done.folder / part).exists()]
+    # The towers and users are the files of the version before, not copies of them.
+    for name in ("query.tflite", "histories.npy"):
+        ours, theirs = (folder / number / "service" / name for number in "21")
+        assert ours.samefile(theirs)
+    # Where TensorFlow is back, the version before has no SavedModel whose encoder could be kept.
+    monkeypatch.setattr(refresh, "find_spec", find_spec)
+    again = refresh_index(folder, items_file)
+    assert note in again.notes
+    ServedVersion(again.folder, ServeSettings())
+    found, _ = load(again.folder).retrieve(of_int.queries(), 9)
+    assert found.tolist() == load(done.folder).retrieve(of_int.queries(), 9)[0].tolist()
+
+
+def test_a_savedmodel_that_cannot_be_written_publishes_nothing(
+    folder: Path, items_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refresh, "_save_graphs", SAVE_GRAPHS)
+    failed = subprocess.CompletedProcess([], 1, b"", b"Traceback\nOSError: the disk is full")
+    monkeypatch.setattr(searcher, "in_fresh_process", lambda *arguments, **options: failed)
+    with pytest.raises(RuntimeError, match=r"(?s)SavedModel could not be written: .*disk is full"):
+        refresh_index(folder, items_file)
+    assert versions_of(folder) == [1]
+    assert not [*folder.glob(".partial*")]
 
 
 def test_without_features_new_items_are_skipped(of_int: Served, tmp_path: Path) -> None:
