@@ -2,8 +2,8 @@
 
 The load: good requests, small and as large as is allowed; hostile ones; connections that send a
 body a byte at a time; live writes; new versions, every fifth of them broken; stops and restarts at
-the same port. A client repeats a request if its connection was refused, or closed without a byte of an
-answer; any other answer than a 200 is a failure. The writer removes the best items of a user and
+the same port. A client repeats a request if its connection was refused, or closed without a byte of
+an answer; any other answer than a 200 is a failure. The writer removes the best items of a user and
 puts them back; an answer that holds a removed item, or lacks one that is back, is a failure too.
 Before the load, the script measures a small client's latency alone and beside the largest requests,
 in turn.

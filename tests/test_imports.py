@@ -1,15 +1,20 @@
 """Imports go one way, and the counting half of the package is free of TensorFlow."""
 
 import ast
+import configparser
 import functools
 import graphlib
 import importlib
+import importlib.metadata
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import tfrs_pipeline
+from tfrs_pipeline.libraries import EXTRAS
 
 PACKAGE = Path(tfrs_pipeline.__file__).parent
 FIRST = (
@@ -65,6 +70,12 @@ def room(module: str) -> str:
 @functools.cache
 def graph() -> dict[str, set[str]]:
     return {module: set(imports(path.read_text())) for module, path in SOURCES.items()}
+
+
+@functools.cache
+def graph_at_start() -> dict[str, set[str]]:
+    """Returns what each module imports before any of its functions is called."""
+    return {x: set(imports(path.read_text(), is_deferred=False)) for x, path in SOURCES.items()}
 
 
 @functools.cache
@@ -127,6 +138,54 @@ LIGHT = [
 def test_no_tensorflow_is_reached_from(module: str) -> None:
     roots = {name.split(".")[0] for name in reached(module, graph_when_loaded())}
     assert not roots & TENSORFLOW
+
+
+SETTINGS = {"pydantic", "pydantic_core"}
+ARRAYS = {"numpy", "farmhash"}
+LOADED = {*SETTINGS, *ARRAYS, "pyarrow"}
+HTTP = {"prometheus_client", "starlette", "typing_extensions", "uvicorn"}
+
+
+@pytest.mark.parametrize(("start", "allowed"), [
+    ("cli.commands", {*SETTINGS, "rich"}),
+    ("cli.models", {*SETTINGS, "rich"}),
+    ("cli.runs", {*SETTINGS, *ARRAYS, "rich"}),
+    ("features.kinds", ARRAYS),
+    ("search.candidates", ARRAYS),
+    ("service.database", set()),
+    ("service.settings", SETTINGS),
+    ("service.user_events", {*SETTINGS, *ARRAYS}),
+    ("service.retriever", LOADED),
+    ("service.recommend", LOADED),
+    ("service.vectors", LOADED),
+    ("service.log_of_service", LOADED),
+    ("service.server", {*LOADED, *HTTP}),
+])  # fmt: skip
+def test_a_light_start_imports_few_libraries(start: str, allowed: set[str]) -> None:
+    names = reached(f"tfrs_pipeline.{start}", graph_at_start())
+    roots = {name.partition(".")[0] for name in names} - {"tfrs_pipeline"}
+    assert roots - sys.stdlib_module_names <= allowed
+
+
+def packages(requirements: str) -> set[str]:
+    names = re.findall(r"^[\w.-]+", requirements, re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in names}
+
+
+def test_a_missing_library_is_named_with_the_extra_that_has_it() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(PACKAGE.parent / "setup.cfg")
+    core = packages(setup["options"]["install_requires"])
+    extras = {name: packages(setup["options.extras_require"][name]) for name in EXTRAS}
+    packages_of = importlib.metadata.packages_distributions()
+    # Those that come with others: rich in notebooks; pydantic, LiteRT and Jinja require theirs.
+    indirect = {"IPython", "google", "markupsafe", "pydantic_core", "pyspark", "typing_extensions"}
+    roots = {name.partition(".")[0] for names in graph().values() for name in names}
+    for module in roots - sys.stdlib_module_names - indirect - {"tfrs_pipeline"}:
+        homes = packages("\n".join(packages_of[module]))
+        named = [extra for extra, modules in EXTRAS.items() if module in modules]
+        assert bool(homes & core) != bool(named), module
+        assert all(homes & extras[extra] for extra in named), module
 
 
 def test_no_module_has_a_name_that_says_nothing() -> None:

@@ -91,7 +91,8 @@ def _select_keras_2() -> None:
     after TensorFlow was imported, but not after `tf.keras` was used.
     """
     # vars() inspects TensorFlow's lazy loader without triggering the choice.
-    keras = vars(sys.modules["tensorflow"]).get("keras") if "tensorflow" in sys.modules else None
+    tensorflow = sys.modules.get("tensorflow")  # None also where its import is forbidden.
+    keras = vars(tensorflow).get("keras") if tensorflow is not None else None
     model = vars(keras).get("Model") if keras is not None else None
     if model is not None and not model.__module__.startswith("tf_keras."):
         raise ImportError(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import tensorflow as tf
 from hypothesis import given, settings
@@ -17,10 +16,11 @@ from hypothesis import strategies as st
 from tests.service.conftest import KIND_OF, NUM_CANDIDATES, Exported, Served, make_served
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.exports import export as export_module
-from tfrs_pipeline.exports.export import export, query_table
-from tfrs_pipeline.exports.saved_model import ExportError, RetrievalModule
-from tfrs_pipeline.features.categorical import Categorical, Hashed
+from tfrs_pipeline.exports.export import export
+from tfrs_pipeline.exports.saved_model import RetrievalModule
+from tfrs_pipeline.search.queries import padded_ids
 from tfrs_pipeline.search.settings import Exact, Scann
+from tfrs_pipeline.service.proof import ExportError
 from tfrs_pipeline.service.retriever import LoadedRetriever, load
 
 
@@ -106,20 +106,19 @@ def test_filters_match_a_loop(served: Served, loaded: LoadedRetriever, data: st.
     excluded = [data.draw(some_ids) for _ in allowed]
     users = served.query_ids[: len(allowed)].tolist()
     width = max(map(len, allowed))
-    inputs = {
-        "user_id": as_users(served, users).numpy(),
-        "history": as_ids(served, [[]] * len(users)).numpy(),
-        "exclude": as_ids(served, excluded).numpy(),
+    inputs: dict[str, Any] = {
+        "user_id": served.query_ids[: len(users)],
+        "history": padded_ids([[]] * len(users), served.ids == "str"),
+        "exclude": padded_ids(excluded, served.ids == "str"),
         "allowed": np.array(
-            [[x.encode() for x in [*of_query, *[""] * width][:width]] for of_query in allowed],
-            object,
+            [[*of_query, *[""] * width][:width] for of_query in allowed], object
         ).reshape(len(allowed), width),
-        "gender": np.array([gender.encode() for gender in served.genders[: len(users)]], object),
+        "gender": np.array(served.genders[: len(users)], object),
         "k": np.int32(k),
     }
     # Giving the stored features is the same as giving none.
     for name in ("retrieve_filtered", "retrieve_user_filtered", "retrieve_with_features_filtered"):
-        answer = loaded.answer(name, inputs)
+        answer = loaded.engine.answer(name, inputs)
         by_user = name == "retrieve_user_filtered"
         histories = [served.known(i + 1) if by_user else [] for i in range(len(users))]
         pairs = zip(users, histories, strict=True)
@@ -189,17 +188,6 @@ def test_an_export_logs_nothing_in_a_notebook(
     finally:
         logger.setLevel(level)
     assert logged == ["something else"]
-
-
-def test_requests_are_stored_as_the_model_reads_them() -> None:
-    features = [Categorical("fresh", ("true",)), Hashed("shelf", 4)]
-    given = [{"fresh": True, "shelf": np.nan}, {"fresh": None, "shelf": 7}, {}]
-    items = pa.table({"item_id": [1]})
-    table = query_table([{"request": request} for request in given], items, features, [])
-    assert table["request"].to_pylist() == [
-        {"fresh": fresh, "shelf": shelf, "timestamp": None}
-        for fresh, shelf in (("true", None), (None, "7"), (None, None))
-    ]
 
 
 @pytest.mark.slow

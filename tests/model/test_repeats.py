@@ -34,7 +34,7 @@ def test_the_bonus_is_what_a_loop_adds_up(
     flat = np.array([*itertools.chain.from_iterable(histories)], np.int32)
     ragged = tf.RaggedTensor.from_row_lengths(flat, list(map(len, histories)))
     rows, bonuses = bonus.of(ragged)
-    lists = zip(histories, rows.to_list(), bonuses.to_list(), strict=True)
+    lists = zip(histories, rows.tolist(), bonuses.tolist(), strict=True)
     for history, distinct, values in lists:
         known = [row for row in history if row]
         n: dict[int, float] = defaultdict(float)

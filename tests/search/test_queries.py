@@ -57,7 +57,7 @@ def by_hand(query: Mapping[str, Any]) -> dict[str, Any]:
     row = USERS.index(user) + 1 if user in USERS else 0
     if (own := query.get("features")) is not None:
         age = own.get("age")
-        gender = {"F": 1, "M": 2}.get(own.get("gender"), 0)
+        gender = {"F": 1, "M": 2}.get(str(own.get("gender")), 0)
         age = math.nan if age is None else (age - 40) / 10
     else:
         gender, age = ([1, 2, 0][row - 1], [-1, math.nan, 2.5][row - 1]) if row else (0, math.nan)
@@ -122,7 +122,9 @@ def test_users_bring_their_features_or_have_those_of_the_model() -> None:
     together = encoded(INPUTS, queries)
     assert together["feature gender"].tolist() == [1, 2, 0]
     # What is brought replaces all that is stored: the age is missing then.
-    np.testing.assert_array_equal(together["feature age"], np.float32([-1, np.nan, np.nan]))
+    np.testing.assert_array_equal(
+        together["feature age"], np.array([-1, np.nan, np.nan], np.float32)
+    )
     for line, query in enumerate(queries):
         for name, values in encoded(INPUTS, [query]).items():
             np.testing.assert_array_equal(values[0], together[name][line])
@@ -133,7 +135,7 @@ def test_features_without_stored_values_are_missing() -> None:
     inputs = dataclasses.replace(INPUTS, columns={})
     found = encoded(inputs, [{"user_id": 30}, {"features": {"age": 50, "gender": "F"}}])
     assert found["feature gender"].tolist() == [0, 1]
-    np.testing.assert_array_equal(found["feature age"], np.float32([np.nan, 1]))
+    np.testing.assert_array_equal(found["feature age"], np.array([np.nan, 1], np.float32))
 
 
 def test_lists_of_a_feature_are_gathered_by_row() -> None:
@@ -148,7 +150,8 @@ def test_an_empty_batch_and_an_empty_history_have_the_shape_of_others() -> None:
     for num, queries in ((0, []), (1, [{}]), (2, [{"history": []}, {"history": None}])):
         inputs = encoded(INPUTS, queries)
         for name, (shape, dtype) in INPUTS.tower_inputs.items():
-            assert (inputs[name].shape, inputs[name].dtype) == ((num, *shape), dtype)
+            assert inputs[name].shape == (num, *shape)
+            assert inputs[name].dtype == dtype
         assert not inputs["history_rows"].any()
         assert (inputs["history_times"] == NO_TIME).all()
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
+from tests.exports.saved import ask_saved_model, decoded
 from tests.service.conftest import make_served
 from tests.service.running_server import Running, retrieve_user
 from tests.service.test_user_events import by_history, by_user, event
@@ -18,9 +19,8 @@ from tfrs_pipeline import Exact, LoadedRetriever, export, load, recommend
 from tfrs_pipeline.exports.encoder import Encoder
 from tfrs_pipeline.exports.graph_index import ExactIndex
 from tfrs_pipeline.exports.saved_model import RetrievalModule
-from tfrs_pipeline.model.tf_tables import as_ids
 from tfrs_pipeline.samples.store import RowLists
-from tfrs_pipeline.search.exclusions import rule_of_version
+from tfrs_pipeline.search.exclusions import rule_with
 from tfrs_pipeline.search.repeats import RepeatBonus
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
@@ -66,24 +66,22 @@ def asked_in_all_ways(
 ) -> dict[str, list[Any]]:
     """Asks in every way for all items that a user may be shown: their ids, best first, by way."""
     folder = retriever.folder.parent
-    users, exclude = (
-        tf.constant([user], retriever.user_dtype),
-        tf.zeros([1, 0], retriever.item_dtype),
-    )
+    dtype = tf.string if retriever.stored.users.are_text else tf.int64
+    users, exclude = tf.constant([user], dtype), tf.zeros([1, 0], dtype)
     query = {"user_id": user, "history": history}
     left_out = retriever.left_out([query])
     lists = {
         "by user id": retriever.retrieve_user([user], 60)[0],
         "by history": retriever.retrieve([query], 60, left_out)[0],
-        "in memory": module.retrieve_user(users, exclude, 60)["candidate_ids"].numpy(),
-        "SavedModel": retriever.saved_model.signatures["retrieve_user"](
-            user_id=users, exclude=exclude, k=tf.constant(60)
-        )["candidate_ids"].numpy(),
+        "in memory": decoded(module.retrieve_user(users, exclude, 60)["candidate_ids"].numpy()),
+        "SavedModel": ask_saved_model(
+            retriever.folder, "retrieve_user", {"user_id": [user], "k": 60}, 1
+        )["candidate_ids"],
     }
     with Running(folder) as server:
         outputs = server.predict(**retrieve_user([user], [[]], 60))["outputs"]
         lists["server"] = np.array(outputs["candidate_ids"], object)
-    answers = {way: [*filter(is_id, as_ids(ids[0].tolist()))] for way, ids in lists.items()}
+    answers = {way: [*filter(is_id, ids[0].tolist())] for way, ids in lists.items()}
     for way, more in {"recommend": {}, "recommend by history": {"history": [history]}}.items():
         table, path = pa.table({"user_id": [user], **more}), folder.with_name("best.parquet")
         recommend(retriever, path, users=table, k=60)
@@ -141,29 +139,15 @@ def test_all_ways_of_asking_leave_out_the_same(
         assert answer == [id_ for id_ in answers["by history"] if id_ in {*answer}], way
 
 
-def test_an_export_without_dislikes_is_as_it_was(int_folder: Path) -> None:
-    """Nothing of them is in the graph, so versions of earlier releases load in the same way."""
+def test_an_export_without_dislikes_leaves_none_out(int_folder: Path) -> None:
     retriever = load(int_folder)
-    encoder = retriever.saved_model.encoder
-    assert getattr(encoder, "_disliked", None) is None
+    assert not retriever.stored.has_dislikes
     assert retriever.users.disliked([100, 5]) == [[], []]
 
 
-@pytest.mark.parametrize(
-    ("manifest", "has_bonus", "rule"),
-    [
-        ({"exclude": "seen", "config": {"evaluation": {"exclude": "clicked"}}}, False, "seen"),
-        ({"exclude": "none"}, True, "none"),
-        # As earlier releases wrote them.
-        ({"excludes_known": True, "config": {"evaluation": {"exclude": "seen"}}}, False, "seen"),
-        ({"excludes_known": False, "config": {"evaluation": {"exclude": "seen"}}}, False, "none"),
-        ({"excludes_known": True}, False, "clicked"),
-        ({}, False, "clicked"),
-        ({}, True, "none"),
-    ],
-)
-def test_the_rule_of_a_version(manifest: dict[str, Any], has_bonus: bool, rule: str) -> None:
-    assert rule_of_version(manifest, has_bonus=has_bonus) == rule
+def test_a_repeat_bonus_needs_the_users_items() -> None:
+    assert [rule_with(rule, has_bonus=True) for rule in ("clicked", "seen", "none")] == ["none"] * 3
+    assert [rule_with(rule, has_bonus=False) for rule in ("clicked", "seen")] == ["clicked", "seen"]
 
 
 def test_an_unknown_rule_is_refused_when_it_is_given() -> None:

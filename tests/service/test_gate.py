@@ -30,7 +30,7 @@ def test_ids_of_another_type(exported: Exported, kind: str, first: Any, others: 
 @pytest.mark.parametrize("gain", [0.5, 0.0, -0.5])
 def test_one_query_cannot_pass_the_gate(gain: float, tmp_path: Path) -> None:
     (tmp_path / "3").mkdir()
-    write_record(tmp_path / "3" / "manifest.json", {})
+    write_record(tmp_path / "3" / "manifest.json", {"exclude": "clicked"})
     interval = tp.Interval(gain, np.nan, np.nan)
     first = SimpleNamespace(
         overall=SimpleNamespace(intervals={"ndcg@9": interval}),
@@ -49,8 +49,7 @@ def test_one_query_cannot_pass_the_gate(gain: float, tmp_path: Path) -> None:
         "One test query cannot tell which model is better",
     )
     # The version in service offers clicked items again, and the new one would not.
-    rule = {"config": {"evaluation": {"exclude": "none"}}}
-    write_record(tmp_path / "3" / "manifest.json", rule)
+    write_record(tmp_path / "3" / "manifest.json", {"exclude": "none"})
     _, other = worse_than_version(evaluation, "ndcg@9", tmp_path)
     told = ", both with evaluation.exclude clicked; that version has none."
     assert (told in text, other) == (False, text.removesuffix(".") + told)

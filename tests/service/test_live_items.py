@@ -7,11 +7,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from tests.damage import copy_database, damage
 from tests.service import running_server
@@ -316,10 +314,6 @@ def test_a_damaged_file_is_named(films: Path) -> None:
     damage(films / STORE_FILE, "emptied")
     with pytest.raises(Damaged, match=f"{STORE_FILE} is damaged"):
         load(films)
-    # TensorFlow would keep the tables of a graph, and a server tries again and again.
-    with mock.patch.object(tf.saved_model, "load") as load_graph, pytest.raises(Damaged):
-        load(films)
-    load_graph.assert_not_called()
     assert load(films, live=False).num_candidates == NUM_CANDIDATES
 
 

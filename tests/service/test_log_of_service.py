@@ -1,12 +1,15 @@
 """Answers that can be traced, and the log that they and the events make."""
 
+import base64
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +21,7 @@ from tests.service.test_user_events import event
 from tfrs_pipeline import ConfigError, Log, Reading, load, write_log
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.service import log_of_service, user_events
+from tfrs_pipeline.service import server as server_module
 from tfrs_pipeline.service.settings import Lately, ServeSettings
 from tfrs_pipeline.service.user_events import JOURNAL_FILE, Answer, Event, Journal, Recorder
 
@@ -214,11 +218,196 @@ def test_an_answer_that_waits_to_be_written_counts_once(tmp_path: Path) -> None:
     recorder.keep(answer("b", [7], [[3]], 20))
     assert recorder.served_lately([7], lately, 9) == ([[3, 1, 2]], True)
     recorder.keep(answer("c", [7, 8], [[4, -1], [5, 6]], 30))
-    recorder.keep(answer("c", [7, 8], [[4, -1], [5, 6]], 30))
     assert recorder.served_lately([7, 8, 9], lately, 9)[0] == [[4, 3], [5, 6], []]
     recorder.close()
     assert recorder.served_lately([7, 8, 9], lately, 9)[0] == [[4, 3], [5, 6], []]
     assert recorder._waiting == {}
+
+
+def test_each_answer_of_a_request_id_is_recorded(films: Path, tmp_path: Path) -> None:
+    """Proxies send one id of a trace with several calls, also for several users."""
+    body, other = retrieve_user([102], [[]], 5), retrieve_user([103], [[]], 5)
+    with Running(films, takes_writes=True, record_share=1, exclude_served_answers=1) as running:
+        lists = [
+            ask(running, request, "trace").json()["outputs"]["candidate_ids"][0]
+            for request in (body, other, body, other, body)
+        ]
+        assert not {*lists[0]} & {*lists[2]}
+        assert not {*lists[1]} & {*lists[3]}
+        # The rule leaves out the last answer alone, so the first one comes again.
+        assert lists[4] == lists[0]
+        click = event(102, lists[0][2], request_id="trace", time=time.time() + 9)
+        assert send(running, click).status_code == 200
+    write_log(films, tmp_path / "log.parquet")
+    rows = pq.read_table(tmp_path / "log.parquet").to_pylist()
+    assert {row["request_id"] for row in rows} == {"trace"}
+    for user, answers in ((102, lists[::2]), (103, lists[1::2])):
+        counted = [(row["item_id"], row["rank"]) for row in rows if row["user_id"] == user]
+        expected = [(id_, n) for answer_ in answers for n, id_ in enumerate(answer_, 1)]
+        assert sorted(counted) == sorted(expected)
+    # The click is that of one answer, the last that had the item.
+    clicked = [row for row in rows if row["stage"] == "clicked"]
+    assert [(row["user_id"], row["item_id"], row["rank"]) for row in clicked] == [
+        (102, lists[0][2], 3)
+    ]
+
+
+def test_served_lately_goes_by_arrival_and_not_by_the_clock(
+    films: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, wall = time.time_ns, time.time
+    with Running(films, record_share=1, exclude_served_answers=1) as running:
+        monkeypatch.setattr(time, "time_ns", lambda: clock() + 3600 * 10**9)
+        monkeypatch.setattr(time, "time", lambda: wall() + 3600)
+        lists = [served_ids(running)]
+        monkeypatch.undo()  # Set back by an hour.
+        lists += [served_ids(running)]
+        until(lambda: running.server.recorder._waiting == {})
+        lists += [served_ids(running) for _ in range(3)]
+    assert lists[0] == lists[2] == lists[4]
+    assert lists[1] == lists[3]
+    assert not {*lists[0]} & {*lists[1]}
+
+
+def test_what_is_left_out_has_a_bound_known_before(tmp_path: Path) -> None:
+    """By a second route: a loop over the answers, newest first."""
+    recorder, lately = Recorder(Journal(tmp_path)), Lately(answers=1000)
+    rng, lists = np.random.default_rng(0), []
+    for n in range(60):  # The last ten wait to be written.
+        lists.append(rng.permutation(400)[: rng.integers(1, 150)].tolist())
+        if n < 50:
+            recorder.journal.write([], [answer("same", [7], [lists[-1]], 5)])
+        else:
+            recorder.keep(answer(f"{n}", [7], [lists[-1]], 5))
+    for most in (1, 50, 700, 2000):
+        read: list[int] = []
+        for ids in reversed(lists):
+            if len(read) < most:
+                read += ids[:100]
+        expected = [*dict.fromkeys(read)][:most]
+        served, is_all = recorder.served_lately([7, 7, 8], lately, most)
+        assert served == [expected, expected, []]
+        assert not is_all
+    assert recorder.served_lately([7], lately, 10**6)[1]
+    recorder.close()
+
+
+def test_reading_stops_and_a_user_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, parsed, real = Journal(tmp_path), list[int](), user_events.json.loads
+    journal.write([], [answer(f"{n}", [7], [[*range(1600)]], n) for n in range(100)])
+
+    def loads(text: str) -> Any:
+        parsed.append(1)
+        return real(text)
+
+    monkeypatch.setattr(user_events.json, "loads", loads)
+    recorder = Recorder(journal)
+    served, _ = recorder.served_lately([7] * 10, Lately(answers=1000), 2000)
+    assert served == [[*range(100)]] * 10
+    assert len(parsed) <= 2000 / 100 + 1
+    recorder.close()
+
+
+def test_one_huge_answer_leaves_items_for_the_next(films: Path) -> None:
+    with Running(films, record_share=1, exclude_served_answers=3) as running:
+        for _ in range(3):
+            ask(running, retrieve_user([102], [[]], 60))
+        ids = served_ids(running)
+        assert len({*ids} - {-1}) == 5
+        # And what is left out is no longer than --max-exclude.
+    with Running(films, record_share=1, max_exclude=4) as running:
+        best = served_ids(running, exclude_served={"answers": 0})
+        assert served_ids(running, exclude_served={"answers": 1})[0] == best[4]
+
+
+def test_much_to_leave_out_does_not_run_among_the_small(
+    films: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, ran = Journal(films), list[str]()
+    for user, num in ((102, 1), (103, 40)):
+        items = [[*range(100 * n, 100 * n + 100)] for n in range(num)]
+        journal.write([], [answer(f"{n}", [user], [ids]) for n, ids in enumerate(items)])
+    real = server_module._answer
+
+    def noted(*arguments: Any) -> Any:
+        ran.append(threading.current_thread().name.rpartition("_")[0])
+        return real(*arguments)
+
+    monkeypatch.setattr(server_module, "_answer", noted)
+    with Running(films, record_share=1) as running:
+        for user in (102, 103):
+            body = retrieve_user([user], [[]], 5) | {"exclude_served": {"answers": 1000}}
+            assert ask(running, body).status_code == 200
+    assert ran == ["requests", "large-requests"]
+
+
+def test_ids_without_end_are_refused_wherever_they_come(exported: Any, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(exported("str", "exact"), tmp_path / "films"))
+    long, edge = "é" * 1001, "é" * 1000
+    with Running(model, takes_writes=True, record_share=1) as running:
+
+        def codes(id_: str) -> list[int]:
+            bodies = [
+                retrieve_user([id_], [[]], 5),
+                retrieve_user(["x"], [[id_]], 5),
+                {
+                    "signature_name": "retrieve",
+                    "inputs": {"user_id": [""], "history": [[id_]], "exclude": [[]], "k": 5},
+                },
+                {"inputs": [{"b64": base64.b64encode(id_.encode()).decode()}]},
+            ]
+            responses = [ask(running, body) for body in bodies]
+            responses += [send(running, event(id_, "x")), send(running, event("x", id_))]
+            responses += [send(running, b"", f"/v1/users/{id_}", "DELETE")]
+            path = "/v1/models/films/items"
+            responses += [send(running, {"item_ids": [id_]}, path, "DELETE")]
+            assert all(
+                "1,000" in r.text or "1000" in r.text for r in responses if r.status_code > 200
+            )
+            return [response.status_code for response in responses]
+
+        assert codes(edge) == [200] * 8
+        assert codes(long) == [400] * 8
+
+
+@pytest.mark.parametrize(
+    "id_", ["4_2", "+42", "\u0664\u0662", "\uff14\uff12", " 42", "4\uff12", "0x2a", "-", "42.0"]
+)
+def test_an_address_with_another_id_deletes_nobody(running: Running, id_: str) -> None:
+    send(running, event(42, 3))
+    response = send(running, b"", f"/v1/users/{quote(id_)}", "DELETE")
+    assert (response.status_code, "ids are integers" in response.text) == (400, True)
+    assert send(running, b"", "/v1/users/42", "DELETE").json() == {"num_deleted": 1}
+
+
+def test_clicks_of_a_millisecond_keep_their_order(films: Path, tmp_path: Path) -> None:
+    """In service, in the written log, and in the log of the next training."""
+    retriever, now = load(films), time.time()
+    items, requests = [24, 3, 17, 10], ["z", None, "a", "m"]
+    for item, request in zip(items, requests, strict=True):
+        retriever.record([event(999, item, time=now, request_id=request)])
+    assert retriever.users.history(999) == items[::-1]
+    write_log(films, tmp_path / "log.parquet")
+    assert pq.read_table(tmp_path / "log.parquet")["item_id"].to_pylist() == items
+    log = Log.from_files(tmp_path / "log.parquet").events
+    assert log.order_by("event_number").to_pyarrow()["item_id"].to_pylist() == items
+
+
+def test_views_push_out_no_click_and_no_dislike(
+    films: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(user_events, "_MAX_EVENTS", 10)
+    retriever, start = load(films), time.time() - 10**6
+    types = {0: "dislike", 1: "click"}
+    retriever.record(
+        [event(999, 3 + 7 * (n % 50), types.get(n, "view"), time=start + n) for n in range(200)]
+    )
+    (events,) = Journal(films).of_users([999]).values()
+    assert [e.type for e in events] == ["disliked", "clicked", *["exposed"] * 10]
+    assert [e.time for e in events] == sorted(e.time for e in events)
+    assert not {3, 10} & {*retriever.retrieve_user([999], 60)[0][0].tolist()}
 
 
 def test_a_deletion_holds_up_no_request(tmp_path: Path) -> None:
@@ -401,9 +590,7 @@ def test_past_events_are_recorded_from_a_file(
 def test_past_events_that_change_no_history_are_counted(
     films: Path, tmp_path: Path, command: Any
 ) -> None:
-    activity = load(films).activity
-    assert activity is not None
-    end = datetime.fromtimestamp(activity.until / 1000, UTC)
+    end = datetime.fromtimestamp(load(films).users.until / 1000, UTC)
     later = [end + timedelta(milliseconds=n) for n in range(-1, 4)]
     items, file = [3, 10, 17, 999_999, 24], tmp_path / "past.parquet"
     past = {"user_id": [999] * 5, "item_id": items, "type": ["click"] * 5, "time": later}

@@ -217,3 +217,22 @@ def test_the_command(int_folder: Path, tmp_path: Path, command: Any) -> None:
     assert rows(path) == {u: by_user(model, u, 4, allowed=[["a", "b"]]) for u in (103, 101)}
     done = command("recommend", int_folder, "--out", tmp_path)
     assert (done.code, "is a folder; give a file in it" in done.err) == (2, True)
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(
+    int_folder: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, path = module._answers, tmp_path / "all.parquet"
+    monkeypatch.setattr(module, "USERS_PER_PART", 2)
+
+    def interrupted(*arguments: Any) -> Any:
+        if list((tmp_path / "all.parquet.parts").glob("00*.parquet")):
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_answers", interrupted)
+        done = command("recommend", int_folder, "--out", path, "-k", 4)
+    assert (done.code, "stopped; the same command goes on" in done.out) == (130, True)
+    assert command("recommend", int_folder, "--out", path, "-k", 4).code == 0
+    assert pq.read_metadata(path).num_rows == 6 * 4

@@ -18,13 +18,14 @@ from tests.service.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tests.small_log import Watched
 from tfrs_pipeline import Auto, DataError, Exact, LoadedRetriever, Scann, load
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.exports import export as export_module
-from tfrs_pipeline.exports.export import ExportOptions, export
+from tfrs_pipeline.exports.export import export
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.run import refresh
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.service import retriever
+from tfrs_pipeline.service import version as version_module
 from tfrs_pipeline.service.publish import MANIFEST_FILE, versions_of
+from tfrs_pipeline.service.version import ExportOptions
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 
@@ -83,11 +84,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Records what would be exported, instead of exporting it."""
     calls: list[dict[str, Any]] = []
 
-    def export_index(path: Path, options: ExportOptions, **given: Any) -> Any:
+    def write_version(path: Path, options: ExportOptions, **given: Any) -> Any:
         calls.append({"path": path, **vars(options), **given})
         return path, {"index": {"kind": "exact"}}
 
-    monkeypatch.setattr(export_module, "export_index", export_index)
+    monkeypatch.setattr(version_module, "write_version", write_version)
     return calls
 
 

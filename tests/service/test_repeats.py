@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
+from tests.exports.saved import ask_saved_model
 from tests.search.test_settings import clustered
 from tests.service.conftest import NUM_CANDIDATES, Served
-from tfrs_pipeline.exports.encoder import query_arrays
 from tfrs_pipeline.exports.export import export
 from tfrs_pipeline.exports.graph_index import load_scann_ops
-from tfrs_pipeline.model.tf_tables import as_ids, as_tensors, completed, id_rows, signature_inputs
 from tfrs_pipeline.search.candidates import Candidates
+from tfrs_pipeline.search.queries import id_array, padded_ids
 from tfrs_pipeline.search.repeats import RepeatBonus
 from tfrs_pipeline.search.searcher import Searcher
 from tfrs_pipeline.search.settings import Exact, Level, Scann
 from tfrs_pipeline.service.publish import SCANN_FOLDER
 from tfrs_pipeline.service.retriever import LoadedRetriever, load
+from tfrs_pipeline.service.signatures import completed, numpy_type
 
 pytestmark = pytest.mark.usefixtures("few_signatures")
 # A bonus in a ScaNN index, and a penalty in an exact one.
@@ -108,7 +108,7 @@ def check(
     answer: tuple[np.ndarray, np.ndarray], expected: tuple[list[list[Any]], np.ndarray]
 ) -> None:
     for ids, best in zip(answer[0].tolist(), expected[0], strict=True):
-        assert as_ids(ids)[: len(best)] == best
+        assert [*ids][: len(best)] == best
     np.testing.assert_allclose(answer[1], expected[1], rtol=1e-4, atol=1e-4)
 
 
@@ -136,14 +136,16 @@ def test_a_given_history_counts_in_memory_in_the_graph_and_in_service(
 
 
 def ask_graph(folder: Path, queries: Sequence[Any], exclude: Any, k: int) -> Any:
-    signature = tf.saved_model.load(str(folder)).signatures["retrieve"]
-    specs = signature_inputs(signature)
-    arrays = query_arrays(specs, {"query": (), "request": ()}, queries)
+    are_text = isinstance(queries[0]["user_id"], str)
+    inputs: dict[str, Any] = {
+        "user_id": id_array([query.get("user_id") for query in queries], are_text),
+        "history": padded_ids([query.get("history", []) for query in queries], are_text),
+        "k": k,
+    }
     if exclude is not None:
-        arrays["exclude"] = id_rows(exclude, specs["exclude"].dtype)
-    known = {**as_tensors(specs, arrays), "k": tf.constant(k)}
-    answer = signature(**completed(specs, known, len(queries)))
-    return answer["candidate_ids"].numpy(), answer["scores"].numpy()
+        inputs["exclude"] = padded_ids(exclude, are_text)
+    answer = ask_saved_model(folder, "retrieve", inputs, len(queries))
+    return answer["candidate_ids"], answer["scores"]
 
 
 def test_a_stored_history_counts_as_the_same_history_given(
@@ -161,10 +163,10 @@ def test_a_stored_history_counts_as_the_same_history_given(
     for line, excluded in zip(ids.tolist(), exclude, strict=True):
         assert not set(line) & set(excluded)
     # The server asks in this way.
-    specs = loaded.signatures["retrieve_user"]
-    inputs = {"user_id": tf.constant(users, specs["user_id"].dtype), "k": tf.constant(7)}
-    full = completed(specs, inputs, len(users))
-    answer = loaded.answer("retrieve_user", {name: full[name].numpy() for name in full})
+    users_array = np.array(users, numpy_type(loaded.signatures["retrieve_user"]["user_id"].dtype))
+    inputs = {"user_id": users_array, "k": np.int32(7)}
+    full = completed(loaded.signatures["retrieve_user"], inputs, len(users))
+    answer = loaded.engine.answer("retrieve_user", full)
     seven = by_hand(repeating, bonus, repeating.queries(), 7)
     check((answer["candidate_ids"], answer["scores"]), seven)
     assert set(answer) == {"candidate_ids", "scores", "is_known_user", "num_known_items"}

@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from starlette.exceptions import HTTPException
 
+from tests.exports.saved import ask_saved_model
 from tests.service.conftest import NUM_QUERIES, Served, make_served
 from tfrs_pipeline import Exact, LoadedRetriever, export, load
 from tfrs_pipeline.exports import export as export_module
-from tfrs_pipeline.exports.encoder import Encoder
 from tfrs_pipeline.features.categorical import Categorical, MultiCategorical
 from tfrs_pipeline.features.numeric import Numeric, Timestamp, Vector
+from tfrs_pipeline.model.tf_tables import tower_of
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.service import page, rest
 from tfrs_pipeline.service import version as version_module
@@ -165,7 +166,7 @@ def test_users_and_given_features_go_with_requests(served: Served, model: Loaded
         np.testing.assert_allclose(scores, expected, atol=1e-5)
         assert ids.tolist() == expected_ids.tolist()
     np.testing.assert_allclose(model.retrieve_user(users, K)[1], expected, atol=1e-5)
-    answer = model.saved_model.signatures["serving_default"](user_id=np.array(users))
+    answer = ask_saved_model(model.folder, "serving_default", {"user_id": users}, len(users))
     np.testing.assert_allclose(answer["scores"][:, :K], expected, atol=1e-5)
     # Giving the user's own gender is the same as the stored one.
     queries = user_queries(served, REQUESTS[:1])
@@ -222,7 +223,7 @@ def test_rest_reads_inputs(served: Served, version: ServedVersion, model: Loaded
     left_out = parsed("retrieve", inputs=inputs)
     assert left_out["history_timestamps"].shape == (1, 0)
     assert np.isnan(left_out["timestamp"]).all()
-    answer = model.saved_model.signatures["retrieve"](**left_out)
+    answer = ask_saved_model(model.folder, "retrieve", left_out, 1)
     expected = model.retrieve([{"history": known}], K)[1]
     np.testing.assert_allclose(answer["scores"], expected, atol=1e-5)
 
@@ -282,9 +283,10 @@ def test_refreshed_items_and_exports_without_users_take_requests(
     embeddings = model.embed_queries(held_out)
     np.testing.assert_allclose(embeddings, model.embed_queries(asked), atol=1e-6)
     # The tuning of an index embeds queries in this way.
-    sides = {"query": served.query_features, "request": FEATURES}
-    by_encoder = embed_queries(Encoder(served.exportable()), asked, sides)
-    np.testing.assert_allclose(embeddings, by_encoder, atol=1e-6)
+    exportable = served.exportable()
+    tower = tower_of(exportable.embed_queries, exportable.inputs.tower_inputs)
+    in_memory = exportable.inputs.embed(tower, asked)
+    np.testing.assert_allclose(embeddings, in_memory, atol=1e-6)
     items = {"item_id": served.candidate_ids[:40].tolist(), "genres": served.genres[:40]}
     pq.write_table(pa.table(items), tmp_path / "items.parquet")
     after = load(refresh_index(folder, tmp_path / "items.parquet").folder, exact=True)

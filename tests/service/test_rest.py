@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.exceptions import HTTPException
 
+from tfrs_pipeline.features.feature import Spec
 from tfrs_pipeline.features.numeric import Numeric
 from tfrs_pipeline.service.rest import SignatureInputs, format_outputs, parse_predict
 from tfrs_pipeline.service.settings import ServeSettings
@@ -19,9 +19,9 @@ LIMITS = ServeSettings(max_k=10, max_queries=2, max_results=150, max_exclude=3, 
 TIMES = {"history_timestamps"}
 NULLABLE = {"features": {"price", "vector", "city", "tags", "times"}}
 PRICE = Numeric.fit("price", [1.0, 2.0])
-INT, TEXT, FLOAT = (tf.TensorSpec([None], x) for x in (tf.int64, tf.string, tf.float64))
-INTS, TEXTS, FLOATS = (tf.TensorSpec([None, None], x) for x in (tf.int64, tf.string, tf.float64))
-ONE, VECTOR = tf.TensorSpec([], tf.int32), tf.TensorSpec([None, 3], tf.float32)
+INT, TEXT, FLOAT = (Spec((None,), x) for x in ("int64", "string", "float64"))
+INTS, TEXTS, FLOATS = (Spec((None, None), x) for x in ("int64", "string", "float64"))
+ONE, VECTOR = Spec((), "int32"), Spec((None, 3), "float32")
 SIGNATURES = {
     name: SignatureInputs(specs, LIMITS, dict.fromkeys(NULLABLE.get(name, ()), PRICE), TIMES)
     for name, specs in {
@@ -108,10 +108,13 @@ def test_the_default_signature_is_retrieve_user_with_100_results() -> None:
 
 
 def test_strings_come_as_utf_8_or_base64() -> None:
-    _, arrays, _ = parsed(inputs("retrieve", user_id=["Zoë"], exclude=[[{"b64": "/w=="}]], k=2))
-    assert arrays["user_id"].tolist() == ["Zoë".encode()]
-    assert arrays["exclude"].tolist() == [[b"\xff"]]
+    _, arrays, _ = parsed(inputs("retrieve", user_id=["Zoë"], exclude=[[{"b64": "w6k="}]], k=2))
+    assert arrays["user_id"].tolist() == ["Zoë"]
+    assert arrays["exclude"].tolist() == [["é"]]
     assert (arrays["k"].shape, arrays["k"].dtype.name) == ((), "int32")
+    for no_text in ({"b64": "/w=="}, "\ud800"):  # Ids of a log are text, in UTF-8.
+        with pytest.raises(HTTPException, match="400"):
+            parsed(json.dumps(inputs("retrieve", user_id=[no_text], exclude=[[]], k=2)).encode())
 
 
 def test_numbers_with_a_fraction_may_be_whole() -> None:
@@ -135,11 +138,11 @@ def test_null_is_a_missing_feature_but_no_id() -> None:
         "times": [None, [7, None]],
     }
     expected = {
-        "user_id": [b"a", b"b"],
+        "user_id": ["a", "b"],
         "price": [NAN, 2.5],
         "vector": [[NAN] * 3, [1, 2, NAN]],
-        "city": [b"Rome", b""],
-        "tags": [[b"x", b""], [b"", b""]],
+        "city": ["Rome", ""],
+        "tags": [["x", ""], ["", ""]],
         "times": [[NAN, NAN], [7, NAN]],
     }
     rows = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
@@ -301,7 +304,7 @@ def test_scores_come_back_to_the_last_bit(rows: list[list[float]]) -> None:
 
 def test_rows_and_columns_of_an_answer() -> None:
     ids = np.empty((2, 2), object)
-    ids[:] = [["Zoë".encode(), b'a"b'], [b"", b"\n"]]
+    ids[:] = [["Zoë", 'a"b'], ["", "\n"]]
     outputs = {
         "candidate_ids": ids,
         "scores": np.array([[1.0, 0.1], [-np.inf, np.nan]], np.float32),

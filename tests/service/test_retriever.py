@@ -91,14 +91,17 @@ def test_refuses_what_it_cannot_answer(served: Served, loaded: LoadedRetriever) 
 
 def test_a_version_is_served_as_exported_or_not_at_all(exported: Exported, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported("int", "scann") / "1", tmp_path / "1"))
-    variables = Path("variables") / "variables.data-00000-of-00001"
-    for name, exact in ((variables, True), (INDEX_FOLDER / "hashed_dataset.npy", False)):
-        # As with an index over other towers: the same graph, but other numbers.
+    service, index = Path("service"), INDEX_FOLDER / "hashed_dataset.npy"
+    for name in (service / "query.tflite", service / "vectors.npy", service / "known.npy", index):
+        # As with an index over other towers: the same form, but other numbers.
         whole = (folder / name).read_bytes()
         damage(folder / name, "flipped")
         with pytest.raises(Damaged, match=f"{name}.* towers and index belong together"):
-            load(folder, exact=exact)
+            load(folder, exact=name != index)
         (folder / name).write_bytes(whole)
+    # The SavedModel is for others: a service reads none of its files, so it checks none.
+    damage(folder / "variables" / "variables.data-00000-of-00001", "flipped")
+    shutil.rmtree(folder / "scann")
     load(folder)
     manifest = folder / MANIFEST_FILE
     text = manifest.read_text()
@@ -119,13 +122,14 @@ def test_a_missing_model_is_explained(tmp_path: Path) -> None:
             load(path)
 
 
-def test_a_version_of_another_format_is_refused_in_one_line(tmp_path: Path) -> None:
-    """As before the SavedModel of a ScaNN index moved to a folder of its own."""
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_a_version_of_another_format_is_refused_in_one_line(tmp_path: Path, number: int) -> None:
+    """As before a version held what a service without TensorFlow reads."""
     (tmp_path / "films" / "1").mkdir(parents=True)
-    write_record(tmp_path / "films" / "1" / MANIFEST_FILE, {"index": {"kind": "exact"}})
-    with pytest.raises(
-        ValueError, match=r"1 was exported by another version .* Export the model again"
-    ):
+    manifest = {"index": {"kind": "exact"}, **({"format": number} if number > 1 else {})}
+    write_record(tmp_path / "films" / "1" / MANIFEST_FILE, manifest)
+    message = f"1 was exported by another version .* its format is {number}, .* Export the model a"
+    with pytest.raises(ValueError, match=message):
         load(tmp_path / "films")
 
 

@@ -1,7 +1,6 @@
 """`tfrs-pipeline serve` as a user runs it: flags, sockets, signals."""
 
 import asyncio
-import builtins
 import json
 import re
 import shutil
@@ -226,21 +225,3 @@ def test_flags_become_settings(folder: Path, monkeypatch: pytest.MonkeyPatch, co
     assert got[0] == folder
     hosts = ("a.example", "*.b.example")
     assert got[1] == ServeSettings(host="::1", allowed_hosts=hosts, page=False, max_k=7)
-
-
-def test_without_the_extra_the_message_says_what_to_install(
-    folder: Path, command: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = builtins.__import__
-
-    def without_uvicorn(name: str, *arguments: Any) -> Any:
-        if name == "uvicorn":
-            raise ModuleNotFoundError("No module named 'uvicorn'")
-        return real(name, *arguments)
-
-    monkeypatch.delitem(sys.modules, "tfrs_pipeline.service.server")
-    monkeypatch.setattr(builtins, "__import__", without_uvicorn)
-    code, _, err = command("serve", folder)
-    assert code == 1
-    assert "pip install -c constraints.txt -e '.[serve]'" in err
-    assert "No module named 'uvicorn'" in err

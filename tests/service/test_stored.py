@@ -29,7 +29,7 @@ def written(
     histories: RowLists | None = None,
     known: RowLists | None = None,
     disliked: RowLists | None = None,
-    times: Sequence[float] | None = (9.0, 8.0, 7.0, np.nan),
+    times: Sequence[float] | None = (9.0, 7.0, np.nan),
 ) -> Stored:
     """Writes and reads what a version holds of users 30 and 10, and of items a, b and c."""
     users = np.array(user_ids, np.int64 if isinstance(user_ids[0], int) else object)
@@ -38,8 +38,7 @@ def written(
         user_ids=users,
         item_ids=np.array(["a", "b", "c"], object),
         lists={
-            # Most recent first; in row 0 are items that the training did not have.
-            "histories": histories or lists([2, 0, 1], [3]),
+            "histories": histories or lists([2, 1], [3]),  # Most recent first.
             "known": known or lists([1, 2], [3]),
             "disliked": disliked or lists([3], []),
         },
@@ -68,7 +67,9 @@ def test_lists_are_those_of_each_user(tmp_path: Path) -> None:
     assert [stored.disliked(row) for row in range(3)] == [[], ["c"], []]
     assert stored.history(0)[0] == []
     assert stored.has_items(["b", "z", None]).tolist() == [True, False, False]
-    np.testing.assert_array_equal(stored.columns["age (years)"], np.float32([1.5, np.nan]))
+    np.testing.assert_array_equal(
+        stored.columns["age (years)"], np.array([1.5, np.nan], np.float32)
+    )
     np.testing.assert_array_equal(stored.columns["tags"], np.eye(2, 3))
     with pytest.raises(ValueError, match="ids are integers"):
         stored.user_rows(["10"])
@@ -106,7 +107,7 @@ def test_a_version_without_users_knows_nobody(tmp_path: Path) -> None:
         items, times = np.array([7]), np.zeros(0)
         Stored.write(tmp_path, user_ids=ids, item_ids=items, lists=named, times=times, columns={})
         are_text = ids.dtype == object
-        manifest = {"users_are_text": are_text, "items_are_text": False}
+        manifest: dict[str, Any] = {"users_are_text": are_text, "items_are_text": False}
         manifest |= {"reads_times": True, "user_features": []}
         stored = Stored(tmp_path, {"stored": manifest})
         assert stored.users.values() == []

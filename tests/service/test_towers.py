@@ -211,11 +211,11 @@ def test_a_tower_that_litert_cannot_run_is_run_by_tensorflow(
     assert needs_tensorflow(folder)
     loaded = load(folder)
     queries: list[Any] = [{"user_id": 30, "history": ["b"]}, {"history": ["c", "a"]}, {}]
-    rows, histories = np.int32([1, 0, 0]), np.int32([[2, 0], [1, 3], [0, 0]])
+    rows, histories = np.array([1, 0, 0], np.int32), np.array([[2, 0], [1, 3], [0, 0]], np.int32)
     expected = model.embed_queries(rows, histories).numpy()
     np.testing.assert_allclose(loaded.embed_queries(queries), expected, rtol=1e-6)
     assert loaded.embed_queries([]).shape == (0, 3)
-    scores = expected @ model.embed_candidates(np.int32([1, 2, 3])).numpy().T
+    scores = expected @ model.embed_candidates(np.array([1, 2, 3], np.int32)).numpy().T
     _, found = loaded.retrieve(queries, 3)
     np.testing.assert_allclose(found, -np.sort(-scores, axis=1), rtol=1e-5)
     # The candidate tower is LiteRT's all the same.
@@ -235,7 +235,7 @@ def test_towers_in_both_formats_take_the_same_inputs(tmp_path: Path) -> None:
     write_towers(model, tmp_path)
     tower = load_tower(tmp_path, QUERY_TOWER, [*model.inputs.tower_inputs])
     assert isinstance(tower, TensorFlowTower)
-    rows, histories = np.int32([1, 2]), np.int32([[2, 0], [3, 1]])
+    rows, histories = np.array([1, 2], np.int32), np.array([[2, 0], [3, 1]], np.int32)
     expected = model.embed_queries(rows, histories).numpy()
     embedded = tower({"history_rows": histories, "query_rows": rows})
     np.testing.assert_allclose(embedded, expected, rtol=1e-6)

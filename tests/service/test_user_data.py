@@ -34,10 +34,12 @@ def test_an_export_without_user_data_names_no_users(tmp_path: Path, exported: Ex
         assert user.encode() in with_users
         assert user.encode() not in without
     model = load(left_out)
-    assert not any("user" in name or "default" in name for name in model.saved_model.signatures)
+    assert not any("user" in name or "default" in name for name in model.signatures)
+    saved = tf.saved_model.load(str(left_out))
+    assert not any("user" in name or "default" in name for name in saved.signatures)
     # The users' features are gone too.
     (by_user,) = {column.shape[0] for column in served.model.query_table.variables}
-    parts = tf.train.TrackableView(model.saved_model.encoder).descendants()
+    parts = tf.train.TrackableView(saved.encoder).descendants()
     variables = [x for x in parts if isinstance(x, tf.Variable)]
     assert variables
     assert by_user not in [x.shape[0] for x in variables if x.shape.rank]

@@ -29,11 +29,8 @@ class Fake:
             raise ValueError("no such\nvariable")
         self.number = int(folder.name)
         self.payload = read_record(folder / "manifest.json")["payload"]
-        self.num_releases = self.num_uses = 0
+        self.num_uses = 0
         self.retriever = SimpleNamespace(catch_up=lambda: None)
-
-    def release(self) -> None:
-        self.num_releases += 1
 
 
 def put(folder: Path, number: int, payload: str = "", *, broken: bool = False) -> None:
@@ -79,7 +76,6 @@ def test_only_the_newest_is_served(model: ModelVersions, folder: Path) -> None:
     put(folder, 2)
     model.refresh()
     assert states(model) == {2: "AVAILABLE"}
-    assert first.num_releases == 1
     with model.use("2") as version:
         assert version.number == 2
     for number in ("1", "02", "x"):
@@ -95,10 +91,8 @@ def test_an_old_version_lives_until_its_last_request(model: ModelVersions, folde
         model.refresh()
         assert served(model).number == 2
         assert states(model) == {2: "AVAILABLE", 1: "UNLOADING"}
-        assert first.num_releases == 0  # type: ignore[attr-defined]
     model.refresh()
     model.refresh()
-    assert first.num_releases == 1  # type: ignore[attr-defined]
     assert states(model) == {2: "AVAILABLE"}
     left = weakref.ref(first)
     del first, again

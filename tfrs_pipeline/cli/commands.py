@@ -121,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _do(name: str, settings: Mapping[str, Any]) -> int:
     if name not in TRAINING:
-        return int(COMMAND_LINE.commands[name](**settings)())
+        command: Any = COMMAND_LINE.commands[name]
+        return int(command(**settings)())
     from tfrs_pipeline.cli.runs import train
 
     return train(name, settings)

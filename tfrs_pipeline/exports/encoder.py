@@ -74,7 +74,7 @@ class Encoder(tf.Module):
         self._request_signature = inputs.request_signature
         # As an attribute, each table is saved with the module.
         self._resources = [x.graph_resource for side in self._features.values() for x in side]
-        embeds = dict.fromkeys(inputs.signatures, self._embed_query)
+        embeds: dict[str, Any] = dict.fromkeys(inputs.signatures, self._embed_query)
         embeds["embed_user"] = self._embed_user
         functions = {
             name: traced(embeds[name], [*graph.tensor_specs(specs).values()])
@@ -97,8 +97,9 @@ class Encoder(tf.Module):
         disliked = [self._disliked] if self._has_dislikes else []
         if not (tables := left_out(self._rule, [self._known], disliked)):
             return embedded
-        items = [self._items_in(table, user_id) for table in tables]
-        return {**embedded, "known_items": tf.concat(items, axis=1)}
+        # Padded once for both, as the service pads them.
+        rows = tf.concat([_lists(table, query_rows) for table in tables], axis=1).to_tensor()
+        return {**embedded, "known_items": tf.gather(self._candidate_ids, rows)}
 
     def _embed_query(
         self, user_id: tf.Tensor, history: tf.Tensor, **raw: tf.Tensor
@@ -178,10 +179,6 @@ class Encoder(tf.Module):
             "is_known_item": rows > 0,
         }
 
-    def _items_in(self, lists: Sequence[tf.Variable], user_id: tf.Tensor) -> tf.Tensor:
-        rows = _lists(lists, lookup(self._query_rows, user_id)).to_tensor()
-        return tf.gather(self._candidate_ids, rows)
-
 
 def without_users(model: Exportable) -> Exportable:
     """Returns a model without ids, histories and features of users.
@@ -199,7 +196,7 @@ def without_users(model: Exportable) -> Exportable:
             "A model that has learned an embedding of each user cannot be exported without "
             "user data: train it with use_user_id=False (model.use_user_id)."
         )
-    lists = dict.fromkeys(("histories", "known_positives", "disliked"), RowLists.empty(1))
+    lists: Any = dict.fromkeys(("histories", "known_positives", "disliked"), RowLists.empty(1))
     times = None if model.history_times is None else np.zeros(0)
     ids: dict[str, Any] = {"query_ids": model.query_ids[:0], "query_columns": {}}
     return dataclasses.replace(model, **ids, **lists, history_times=times)

@@ -146,7 +146,7 @@ def export_version(
     def save(
         folder: Path, full: Mapping[str, Any], probes: Answers, embedded: np.ndarray | None
     ) -> dict[str, Answers]:
-        with naming(Path(path)):
+        with naming(Path(path), tf.errors.OpError):
             modules = save_graphs(folder, encoder, full, embedded)
         return {part: answers_of(module, probes) for part, module in modules.items()}
 
@@ -198,10 +198,9 @@ def stored_queries(model: Exportable) -> list[Query]:
     offsets = model.histories.offsets
     for row, user in enumerate(model.query_ids[:NUM_QUERIES].tolist(), 1):
         history = model.histories[row][::-1]
-        is_known = history > 0
-        query = {"user_id": user, "history": model.candidate_ids[history[is_known] - 1].tolist()}
+        query = {"user_id": user, "history": model.candidate_ids[history - 1].tolist()}
         if model.history_times is not None:
-            times = model.history_times[offsets[row] : offsets[row + 1]][::-1]
-            query[HISTORY_TIMESTAMPS] = times[is_known]
+            times = model.history_times[offsets[row] : offsets[row + 1]]
+            query[HISTORY_TIMESTAMPS] = times[::-1]
         queries.append(query)
     return queries

@@ -170,11 +170,11 @@ def save_graphs(
     for name, module in modules.items():
         try:
             tf.saved_model.save(module, str(folder / name), module.exported, allowed_ops)
-        except tf.errors.OpError as error:
-            is_full = (text := os.strerror(errno.ENOSPC)) in error.message
+        except tf.errors.ResourceExhaustedError as error:
+            if (text := os.strerror(errno.ENOSPC)) not in error.message:
+                raise
             # TensorFlow names a file of its own, which is gone by now.
-            number = errno.ENOSPC if is_full else errno.EIO
-            raise OSError(number, text if is_full else str(error)) from error
+            raise OSError(errno.ENOSPC, text) from error
     saved = saved_model_pb2.SavedModel()
     saved.ParseFromString((folder / "saved_model.pb").read_bytes())
     options = {"preserving_proto_field_name": True, "always_print_fields_with_no_presence": True}

@@ -467,8 +467,8 @@ class _Characters(dict[int, str]):
     def __missing__(self, point: int) -> str:
         block = range(point - point % _BLOCK, point - point % _BLOCK + _BLOCK)
         characters = [*map(chr, block)]
-        # Python has no classes of scripts and marks. With those of the same library that the graph
-        # calls, RE2, both split the same words.
+        # Python has no classes of scripts and marks. With those of RE2, which the graph calls too,
+        # both split the same words.
         array = pa.array(characters)
         classes = (
             pc.match_substring_regex(array, f"[{pattern}]").to_pylist()

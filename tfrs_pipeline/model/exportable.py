@@ -42,7 +42,7 @@ class Exportable:
         query_ids: [num_queries] int64, or object array of `str`: the users' ids; may be empty.
         history_length: Number of most recent items of a history that `embed_queries` reads.
         histories: For each query row from 0, the candidate rows clicked before the export, most
-            recent first; empty if no history is known.
+            recent first; empty if no history is known. Unknown items, row 0, are left out.
         known_positives: For each query row from 0, the candidate rows that the user knows: those
             clicked, with `exclude` "seen" those shown too. Empty if there are none.
         disliked: For each query row from 0, the candidate rows that the user disliked, which no
@@ -123,7 +123,19 @@ class Exportable:
                 f"history_times must be {total}, one for each value of histories. Received: "
                 f"{len(times)}"
             )
+        self._leave_out_unknown_items()
         _ = self.candidate_ids  # Read now, so that wrong items are refused here.
+
+    def _leave_out_unknown_items(self) -> None:
+        """Leaves row 0 out of lists, as a request's history leaves out items of unknown ids."""
+        times = self.history_times
+        for name in ("histories", "known_positives", "disliked"):
+            lists = getattr(self, name)
+            is_known = lists.values > 0
+            if not is_known.all():
+                object.__setattr__(self, name, lists.where(is_known))
+                if name == "histories" and times is not None:
+                    object.__setattr__(self, "history_times", np.asarray(times)[is_known])
 
     @property
     def towers(self) -> "Exportable":

@@ -271,7 +271,7 @@ class Candidates:
         allowed: Sequence[Iterable[Any]] | None = None,
         *,
         exact: bool = False,
-        bonuses: Iterable[tuple[Sequence[Any], np.ndarray]] | None = None,
+        bonuses: Iterable[tuple[Sequence[Any] | np.ndarray, np.ndarray]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Finds the k best candidates of [B, D] finite float32 queries; with `exact`, scores all.
 
@@ -374,7 +374,7 @@ class _Search:
         self.num_wanted = min(self.k, self.view.num_candidates)
 
     def take_out(
-        self, bonuses: Iterable[tuple[Sequence[Any], np.ndarray]]
+        self, bonuses: Iterable[tuple[Sequence[Any] | np.ndarray, np.ndarray]]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Leaves candidates with a bonus out of the search; returns their rows and scores by query.
 

@@ -249,7 +249,7 @@ def candidate_inputs(features: Sequence[Feature]) -> dict[str, tuple[tuple[int, 
     return {CANDIDATE_ROWS: ((), "int32"), **feature_inputs(features)}
 
 
-def id_array(ids: Sequence[Any], are_text: bool) -> np.ndarray:
+def id_array(ids: Sequence[Any] | np.ndarray, are_text: bool) -> np.ndarray:
     """Makes an array of ids, [n] int64, or texts as objects; None is the empty id.
 
     Raises a `ValueError` if one has another type.

@@ -156,8 +156,10 @@ class Database:
         if file is not None and self._connection is not None:
             # While the file is open, no other file gets its inode number. SQLite raises the version
             # of the schema if a backup is restored in place.
-            version = self._connection.execute("PRAGMA schema_version").fetchone()
-            identity = file.device, file.inode, *version
+            version: tuple[int, ...] = ()
+            if self._identity is None or self._identity[:2] == file[:2]:
+                version = self._connection.execute("PRAGMA schema_version").fetchone()
+            identity = *file[:2], *version
         if self._identity not in (None, identity):
             if self.is_mirrored:
                 raise Replaced(

@@ -36,7 +36,8 @@ class Engine:
         self, parts: Parts, users: Users, candidates: Candidates, manifest: Mapping[str, Any]
     ) -> None:
         self._parts, self._users, self._candidates = parts, users, candidates
-        self._query_tower = parts.query_tower  # Read now, so that a bad one is refused here.
+        # Read now, so that a bad one is refused here, and a version may be deleted later.
+        self._query_tower, self._candidate_tower = parts.query_tower, parts.candidate_tower
         self._has_bias = manifest["has_item_bias"]
         bonus = manifest["repeat_bonus"]
         self._bonus = None if bonus is None else RepeatBonus(**bonus)
@@ -148,9 +149,7 @@ class Engine:
         inputs |= {FEATURE + name: values for name, values in encoded.items()}
         # At least one call: without an item, it still gives the number of dimensions.
         blocks = [
-            self._parts.candidate_tower(
-                {n: x[start : start + ITEMS_PER_CALL] for n, x in inputs.items()}
-            )
+            self._candidate_tower({n: x[start : start + ITEMS_PER_CALL] for n, x in inputs.items()})
             for start in range(0, max(len(rows), 1), ITEMS_PER_CALL)
         ]
         return np.concatenate(blocks), rows > 0

@@ -142,7 +142,7 @@ class LoadedRetriever:
         """Retrieves the k best candidates of each query; see `Retriever.retrieve`.
 
         Excludes only `exclude`: items of the history, and those that a user is known to have
-        clicked or disliked (`disliked_items`), are retrieved too. Reads only the history in the
+        clicked or disliked (`users.disliked`), are retrieved too. Reads only the history in the
         query; `retrieve_user` reads the stored history of a known user, and excludes its items if
         `excludes_known`. Items of a history that the training did not have are ignored; `knows`
         says which ones it had.

@@ -164,8 +164,7 @@ class ModelServer:
                 "--record-share 1."
             )
         users = call.inputs["user_id"].tolist()
-        # A quarter of the candidates is left, so that no answers, however large, empty the next.
-        most = min(self.settings.max_exclude, version.retriever.num_candidates * 3 // 4)
+        most = self.settings.max_exclude
         few = min(most, SMALL_RESULTS // max(len(users), 1))
         lists: list[list[Any]] = [[] for _ in users]
         with contextlib.suppress(Damaged, StorageError):  # The watch notes it.
@@ -176,7 +175,9 @@ class ModelServer:
                 lists, _ = await _run(threads, read, users, lately, most)
         # An earlier model of this name may have had ids of the other type.
         are_text = version.retriever.stored.items.are_text
-        lists = [[id_ for id_ in ids if isinstance(id_, str) == are_text] for ids in lists]
+        # A quarter of the candidates is left, so that no answers, however large, empty the next.
+        bound = version.retriever.num_candidates * 3 // 4
+        lists = [[id_ for id_ in ids if isinstance(id_, str) == are_text][:bound] for ids in lists]
         served = padded_ids(lists, are_text)
         exclude = np.concatenate([call.inputs["exclude"], served], axis=1)
         return call._replace(inputs=call.inputs | {"exclude": exclude}), threads

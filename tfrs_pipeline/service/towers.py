@@ -24,7 +24,11 @@ class LiteRtTower:
     """
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
-        self._path, self._names = path, tuple(names)
+        self._names = tuple(names)
+        # A thread may call first after the version was deleted: an open file can still be mapped.
+        self._file = path.open("rb")
+        by_number = Path(f"/dev/fd/{self._file.fileno()}")
+        self._path = by_number if by_number.exists() else path
         self._threads = threading.local()  # An interpreter serves one thread at a time.
         # XNNPACK writes a line at the first start in a process.
         with quiet_natives():

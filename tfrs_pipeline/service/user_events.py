@@ -319,7 +319,9 @@ class Journal(Database):
         )
         read: dict[Any, list[Event]] = {}
         with self._opened() as connection:
-            for id_ in dict.fromkeys(user_ids) if connection else ():
+            if connection is None:
+                return {}
+            for id_ in dict.fromkeys(user_ids):
                 rows: list[Any] = []
                 with contextlib.suppress(OverflowError):  # No event has an id beyond 64 bits.
                     for type_ in _OF_USERS:
@@ -544,8 +546,8 @@ class Recorder:
         """Returns the distinct ids of items that each user was served lately, newest answer first.
 
         Answers that are not yet written count too, and of an answer its first 100 items. Reading
-        ends after `most` items of a user, those that come again included. Returns also whether that
-        is all for each user.
+        ends after `most` items of a user, where those that come again count too. Returns also
+        whether these are all that users were served lately.
         """
         read = {id_: self._served_lately(id_, lately, most) for id_ in dict.fromkeys(user_ids)}
         lists = [[*dict.fromkeys(read[id_])][:most] for id_ in user_ids]

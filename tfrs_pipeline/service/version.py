@@ -134,8 +134,8 @@ def write_version(
         candidates = Candidates(items.table["item_id"].to_numpy(), items.vectors)
         users = Users(parts.stored, full["exclude"], full, None)
         engine = Engine(parts, users, candidates, full)
-        answers = {"": {name: engine.answer(name, inputs) for name, inputs in probes.items()}}
-        answers |= save_graphs(partial, full, probes, embedded)
+        light = {name: engine.answer(name, inputs) for name, inputs in probes.items()}
+        answers = {"": light, **save_graphs(partial, full, probes, embedded)}
         full["signatures"] = sorted(answers[""])
         # As a reader of the file gets it: tuples are lists, and dates are text.
         full = json.loads(json.dumps(full, default=str))

@@ -1,0 +1,260 @@
+"""A file of events that breaks while a server runs, or that an earlier version wrote."""
+
+import os
+import sqlite3
+import subprocess
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.damage import largest_file
+from tests.service.running_server import PREDICT, Running, retrieve_user, send, until
+from tests.service.test_user_events import event
+from tfrs_pipeline import load, write_log
+from tfrs_pipeline.durable import Damaged, StorageError
+from tfrs_pipeline.service.user_events import JOURNAL_FILE, Event, Journal, Watch
+
+pytestmark = pytest.mark.usefixtures("loaded_once")
+
+
+def ask(running: Running, user: int = 102, k: int = 5) -> tuple[list[int], str | None]:
+    """Returns the ids of an answer, and its header about events."""
+    response = running.post(PREDICT, json=retrieve_user([user], [[]], k))
+    assert response.status_code == 200, response.text
+    return response.json()["outputs"]["candidate_ids"][0], response.headers.get("x-events")
+
+
+def of_events(caplog: pytest.LogCaptureFixture) -> list[str]:
+    assert not [record for record in caplog.records if record.exc_info]
+    return [record.getMessage() for record in caplog.records if "event" in record.getMessage()]
+
+
+def damage_a_page(path: Path, whole: bytes) -> None:
+    """Overwrites the first page of the table of events; the file's own page stays."""
+    with closing(sqlite3.connect(path)) as connection:
+        query = "SELECT rootpage FROM sqlite_master WHERE name = 'events'"
+        (page,) = connection.execute(query).fetchone()
+    path.write_bytes(whole[: 4096 * (page - 1)] + b"x" * 4096 + whole[4096 * page :])
+
+
+DAMAGES: dict[str, Callable[[Path, bytes], object]] = {
+    "empty": lambda path, whole: path.write_bytes(b""),
+    "overwritten": lambda path, whole: path.write_bytes(b"no database" * 2000),
+    "cut": lambda path, whole: path.write_bytes(whole[: len(whole) // 2]),
+    "a page": damage_a_page,
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_server_goes_on_without_its_file_of_events(
+    films: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    path = films / JOURNAL_FILE
+    with Running(films, takes_writes=True, record_share=1) as running:
+        before, _ = ask(running)
+        assert send(running, event(102, before[0])).status_code == 200
+        after = ask(running)
+        assert before[0] not in after[0]
+        # Into the file, which holds nothing but its tables until then.
+        subprocess.run(["sqlite3", str(path), "PRAGMA wal_checkpoint"], check=True)
+        until(lambda: not running.server.recorder._waiting)
+        with running.server.recorder.journal.writing() as connection:
+            assert connection.execute("SELECT count(*) FROM served").fetchone() == (2,)
+        subprocess.run(["sqlite3", str(path), "PRAGMA wal_checkpoint"], check=True)
+        whole, ready = path.read_bytes(), running.get("/readyz").text
+        num_confirmed = running.metric("tfrs_events_total", type="clicked", outcome="confirmed")
+        num_refused = running.metric("tfrs_events_total", type="clicked", outcome="refused")
+        num_without = running.metric("tfrs_answers_without_events_total")
+        caplog.clear()
+        DAMAGES[how](path, whole)
+        for _ in range(3):
+            assert ask(running) == (before, "unavailable")
+            answer = send(running, event(102, after[0][0]))
+            assert (answer.status_code, "is damaged" in answer.text) == (503, True)
+            deletion = send(running, b"", "/v1/users/102", "DELETE")
+            assert deletion.status_code == 503
+        # What other users did may still be read; no event is taken, lest a backup loses it.
+        assert send(running, event(105, after[0][0])).status_code == 503
+        told = running.get("/readyz")
+        assert (told.status_code, "events are unavailable" in told.text) == (200, True)
+        assert told.text.startswith(ready.strip())
+        assert len(of_events(caplog)) == 1
+        counted = {"type": "clicked", "outcome": "refused"}
+        assert running.metric("tfrs_events_total", **counted) == num_refused + 4
+        assert running.metric("tfrs_answers_without_events_total") == num_without + 3
+        caplog.clear()
+        path.write_bytes(whole)
+        assert running.get("/readyz").text == ready
+        assert ask(running) == after
+        assert send(running, event(102, after[0][0])).json()["num_new"] == 1
+        assert ask(running)[0][0] == after[0][1]
+        assert of_events(caplog) == ["The events can be read again."]
+        counted["outcome"] = "confirmed"
+        assert running.metric("tfrs_events_total", **counted) == num_confirmed + 1
+    assert len(Journal(films).of_users([102])[102]) == 2
+
+
+def test_a_damaged_file_makes_way_for_another(films: Path) -> None:
+    """As the guide says: the three files are moved away, and a backup takes their place."""
+    path = films / JOURNAL_FILE
+    with Running(films, takes_writes=True) as running:
+        first, *others = ask(running)[0]
+        send(running, event(102, first))
+        subprocess.run(["sqlite3", str(path), f".backup {films / 'backup'}"], check=True)
+        send(running, event(102, others[0]))
+        path.write_bytes(b"")
+        assert ask(running)[1] == "unavailable"
+        for end in ("", "-wal", "-shm"):
+            path.with_name(f"{JOURNAL_FILE}{end}").rename(films / f"away{end}")
+        (films / "backup").rename(path)
+        assert ask(running)[0][0] == others[0]
+        assert send(running, event(102, others[1])).status_code == 200
+        assert others[1] not in ask(running)[0]
+    assert [e.item_id for e in Journal(films).of_users([102])[102]] == [first, others[1]]
+
+
+def test_nothing_is_written_to_a_file_whose_damage_is_known(tmp_path: Path) -> None:
+    """Its whole pages would take an event, which a backup in its place then lacks."""
+    journal, click = Journal(tmp_path, watch := Watch()), Event(7, 1, 10, "clicked", None, None)
+    journal.write([[click]])
+    watch.failed(Damaged("one page"), journal._stamp(), is_writer=False)
+    assert [*journal.of_users([7])] == [7]
+    with pytest.raises(Damaged, match="one page"):
+        journal.another().write([[click._replace(time=2)]])
+    assert watch.unreadable == "one page"  # A page that can be read says nothing of the others.
+    os.utime(journal.path)  # As of another file.
+    assert journal.another().write([[click._replace(time=2)]]) == [1]
+    assert watch.unreadable == ""
+
+
+def test_another_file_leaves_a_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path, Watch())
+    others = [journal.another() for _ in range(2)]
+    click = Event(7, 1, 10, "clicked", None, None)
+
+    def told() -> list[str]:
+        for other in (*others, journal):
+            other.of_users([7])
+        messages = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return messages
+
+    journal.write([[click]])
+    subprocess.run(["sqlite3", journal.path, f".backup {tmp_path / 'backup'}"], check=True)
+    journal.write([[click._replace(time=2)]])
+    assert journal.forget([8]) == [0]  # It writes the file anew itself.
+    assert told() == []
+    subprocess.run(["sqlite3", journal.path, f".restore {tmp_path / 'backup'}"], check=True)
+    assert told() == ["The file of events was replaced, restored or written anew."]
+    journal.path.unlink()
+    assert told() == ["The file of events was deleted."]
+    journal.write([[click]])
+    assert told() == []
+
+
+def test_a_full_disk_leaves_one_line_in_the_log(
+    films: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Running(films, takes_writes=True, record_share=1) as running:
+        assert send(running, event(102, 3)).status_code == 200
+        caplog.clear()
+        lost = running.metric("tfrs_unrecorded_answers_total")
+        with largest_file(1):
+            for item in range(5):
+                answer = send(running, event(102, item))
+                assert (answer.status_code, "events.sqlite: disk" in answer.text) == (503, True)
+                ask(running, 103)
+            until(lambda: running.metric("tfrs_unrecorded_answers_total") == lost + 5)
+            assert len(of_events(caplog)) == 1
+            assert ask(running)[1] is None  # Events can be read.
+            caplog.clear()
+        assert send(running, event(102, 10)).status_code == 200
+        assert of_events(caplog) == ["The events can be written again."]
+
+
+def test_a_deletion_needs_no_room_in_the_folder_of_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy that it makes is in the model's folder; without room there, it says how much."""
+    journal = Journal(tmp_path)
+    journal.write([[Event(n, n, "x" * 500, "clicked", None, None) for n in range(9_000)]])
+    journal.forget([0])
+    with closing(sqlite3.connect(":memory:")) as connection:
+        folder = connection.execute("PRAGMA temp_store_directory").fetchone()
+    assert folder == (str(tmp_path),)
+    size = journal.path.stat().st_size
+    with largest_file(size // 2), pytest.raises(StorageError) as caught:
+        journal.forget([1])
+    assert f"takes up to {2 * size / 1e6:.1f} MB more in {tmp_path}" in str(caught.value)
+    assert journal.of_users([1]) == {}
+    assert journal.forget([1]) == [0]
+
+
+MAIN = """
+PRAGMA journal_mode = WAL;
+CREATE TABLE events (user_id NOT NULL, time INTEGER NOT NULL, item_id NOT NULL, type TEXT NOT NULL,
+    request_id TEXT, event_id INTEGER, arrival INTEGER NOT NULL,
+    PRIMARY KEY (user_id, time, item_id, type)) WITHOUT ROWID;
+CREATE TABLE event_ids (id INTEGER PRIMARY KEY);
+CREATE TRIGGER event_known BEFORE INSERT ON events
+    WHEN NEW.event_id IN (SELECT id FROM event_ids) BEGIN SELECT RAISE(IGNORE); END;
+CREATE TRIGGER event_added AFTER INSERT ON events WHEN NEW.event_id IS NOT NULL
+    BEGIN INSERT INTO event_ids VALUES (NEW.event_id); END;
+CREATE TRIGGER event_deleted AFTER DELETE ON events WHEN OLD.event_id IS NOT NULL
+    BEGIN DELETE FROM event_ids WHERE id = OLD.event_id; END;
+CREATE TABLE served (request_id TEXT PRIMARY KEY, user_id NOT NULL, time INTEGER NOT NULL,
+    version INTEGER NOT NULL, items TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX served_to ON served (user_id, time);
+"""
+
+
+@pytest.mark.parametrize("has_dropped", [False, True])
+def test_a_file_of_the_first_format_is_brought_forward(
+    films: Path, tmp_path: Path, has_dropped: bool
+) -> None:
+    path = films / JOURNAL_FILE
+    with closing(sqlite3.connect(path)) as sql:
+        sql.executescript(MAIN)
+        rows = [(100, n, 3 + 7 * (n % 9), "clicked", None, n or None, n) for n in range(50)]
+        sql.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        served = [("b", 100, 60, 1, "[3, 10]"), ("a", 100, 70, 1, "[17]"), ("c", "x", 9, 1, "[5]")]
+        sql.executemany("INSERT INTO served VALUES (?, ?, ?, ?, ?)", served)
+        sql.execute(f"PRAGMA user_version = {int(has_dropped)}")
+        sql.commit()
+    journal = Journal(films)
+
+    def content() -> list[Any]:
+        lists = [ids for _, ids in journal.served_to(100)]
+        return [journal.of_users([100]), [*journal.log(99)], lists, journal.has_dropped()]
+
+    # It can be read as it is.
+    before = content()
+    assert (len(before[0][100]), before[2:]) == (50, [[[17], [3, 10]], has_dropped])
+    assert write_log(films, tmp_path / "before.parquet") == 50 + 4
+    # A write that fails leaves it as it was.
+    with pytest.raises(Damaged), journal.writing() as sql:
+        sql.execute("no SQL")
+    with closing(sqlite3.connect(path)) as sql:
+        assert sql.execute("PRAGMA application_id").fetchone() == (0,)
+    # A repeat is still one, by its id and by its key.
+    known = [Event(100, 2, 17, "clicked", None, 77), Event(101, 5, 3, "clicked", None, 3)]
+    assert journal.write([known]) == [0]
+    assert content() == before
+    with journal.writing() as sql:
+        assert sql.execute("PRAGMA application_id").fetchone() == (1,)
+        (kinds,) = sql.execute("SELECT count(*) FROM sqlite_master WHERE type = 'trigger'")
+        assert kinds == (3,)
+        assert sql.execute("SELECT count(*) FROM event_ids").fetchone() == (49,)
+        assert not sql.execute("SELECT 1 FROM sqlite_master WHERE name LIKE 'old%'").fetchall()
+    assert load(films).record([event(100, 3)]) == 1
+    assert journal.forget([100]) == [50 + 1 + 2]
+    assert journal.has_dropped() == has_dropped
+    assert journal.drop_older(10) == (0, 1)
+    assert journal.has_dropped()
+    with journal.writing() as sql:
+        assert sql.execute("PRAGMA application_id").fetchone() == (1,)
