@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.small_batches import LENGTH, SAMPLES, batch_list, make_batches, samples_of
 from tfrs_pipeline.batches.examples import WholeSequences
+from tfrs_pipeline.features.raw import NO_TIME
 from tfrs_pipeline.samples.store import Samples
 
 
@@ -47,9 +48,13 @@ def test_every_sample_reads_the_end_of_its_history(places: list[list[int]], leng
         # The times of the items read, then the query's. Single positives have the latest first.
         times = batch.sequence_times[window, : num_read + 1]
         latest = samples.latest_times(np.array([sample]), length)[0]
-        np.testing.assert_array_equal(latest[: num_read + 1], times[::-1])
         own = sorted(places[samples.query_rows[sample] - 1])
-        assert times.tolist() == own[len(history) - num_read : len(history) + 1]
+        window_times = own[len(history) - num_read : len(history) + 1]
+        assert latest[: num_read + 1][::-1].tolist() == window_times
+        # A batch counts seconds from the latest time of the window.
+        known = batch.sequence_times[window][batch.sequence_times[window] != NO_TIME]
+        assert max(known) == 0
+        assert (times - times[-1]).tolist() == [time - window_times[-1] for time in window_times]
         assert read == history[len(history) - num_read :]
         # A window may cut a history, but not to nothing; a history that fits one window is whole.
         assert num_read > 0 or not history

@@ -147,7 +147,7 @@ def check_holdout_by_a_loop(
 ) -> None:
     """Checks a holdout by the slow evaluator's loops."""
     shown = {n: of for n, of in assigned.items() if rows[n][3] in SHOWN}
-    known = [Row(*rows[n][:4], None, x, n, n) for n, x in shown.items()]
+    known = [Row(*rows[n][:4], None, x, n) for n, x in shown.items()]
     queries = [*queries_of(known, part, "users", "order")]
     if not queries:
         without = "In Python, split.train and split.test do" if part == "validation" else "$"

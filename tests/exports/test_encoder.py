@@ -96,7 +96,6 @@ def test_without_user_data_nobody_is_known() -> None:
 @pytest.mark.parametrize(("exclude", "known"), [("none", False), ("clicked", True), ("seen", True)])
 def test_known_items_are_absent_by_a_rule_that_leaves_none_out(exclude: Any, known: bool) -> None:
     without = dataclasses.replace(model(), exclude=exclude, disliked=RowLists.empty(0))
-    answer = Encoder(without).embed_user(
-        tf.constant([10], tf.int64), tf.constant([1.0], tf.float64)
-    )
+    encoder: Any = Encoder(without)
+    answer = encoder.embed_user(tf.constant([10], tf.int64), tf.constant([1.0], tf.float64))
     assert ("known_items" in answer) == known

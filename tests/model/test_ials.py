@@ -12,11 +12,12 @@ from tfrs_pipeline.evaluation.evaluate import Truth
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fitted_model import encoder_of
 from tfrs_pipeline.model.ials import HISTORY_LENGTH, FittedIals
+from tfrs_pipeline.retrieval import Query
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 LOG = make_log()
 SETTINGS = tp.Ials(num_factors=6, regularization=2.0, alpha=3.0)
-KNOWN: list[dict[str, Any]] = [
+KNOWN: list[Query] = [
     {"history": [10, 40, 20]},
     {"history": [10, 40, 20, 10]},  # An item comes again.
     {"history": [50, 999_999]},  # The log lacks one.
@@ -28,7 +29,7 @@ def fitted() -> FittedIals:
     return FittedIals.fit(SETTINGS, LOG)
 
 
-def scores(fitted: FittedIals, queries: list[dict[str, Any]]) -> np.ndarray:
+def scores(fitted: FittedIals, queries: list[Query]) -> np.ndarray:
     return encoder_of(fitted.towers)(queries) @ fitted.vectors[1:].T
 
 
@@ -69,7 +70,7 @@ def test_a_sum_with_ials_is_fitted_exported_and_asked(tmp_path: Path) -> None:
     assert model.towers.history_length == HISTORY_LENGTH
     folder = tp.export(model, tmp_path / "sum", index=tp.Exact(), queries=KNOWN)
     loaded = tp.load(folder)
-    asked: list[list[dict[str, Any]]] = [KNOWN, [{"user_id": 101}], [{"history": []}]]
+    asked: list[list[Query]] = [KNOWN, [{"user_id": 101}], [{"history": []}]]
     for queries in asked:
         ids, line_scores = loaded.retrieve(queries, k=7)
         np.testing.assert_array_equal(ids, model.retrieve(queries, k=7)[0])

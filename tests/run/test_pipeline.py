@@ -27,7 +27,6 @@ from tfrs_pipeline.cli.commands import NOT_PUBLISHED
 from tfrs_pipeline.data import held_out_queries
 from tfrs_pipeline.data.schema import AskedBy
 from tfrs_pipeline.durable import file_hash, read_record, write_record
-from tfrs_pipeline.exports import export
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.model import two_tower
 from tfrs_pipeline.run import gate, pipeline
@@ -40,10 +39,11 @@ from tfrs_pipeline.run.steps import RunContext, Step, as_diagram
 from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.samples.store import read_samples
 from tfrs_pipeline.search.exclusions import KNOWN_STAGES
+from tfrs_pipeline.service import version as service_version
 from tfrs_pipeline.service.publish import NotPublished, versions_of
 from tfrs_pipeline.service.retriever import load
 
-PROVE = export.prove
+PROVE = service_version.prove
 pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")
 STAGES = ["data", "split", "samples", "train two_tower", "baselines", "evaluate",
           "export", "metrics"]  # fmt: skip
@@ -736,7 +736,7 @@ def test_a_log_without_any_order_is_learned_a_user_at_a_time(
 
 @pytest.mark.nightly
 def test_a_whole_run_proves_its_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "prove", PROVE)
+    monkeypatch.setattr(service_version, "prove", PROVE)
     baselines = ("popularity", "transitions", "itemknn", "ease", "ials")
     config = tp.with_settings(ratings_config(tmp_path), {"evaluation.baselines": baselines})
     finished = go(config, tmp_path / "run", "int")

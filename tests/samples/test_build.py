@@ -24,7 +24,7 @@ from tfrs_pipeline.samples.store import Samples, read_ids, read_samples
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 NUM_USERS = 12
-TIE_RULES: tuple[TieRule, ...] = ("drop", "order", "random")
+TIE_RULES: tuple[TieRule, ...] = ("drop", "order")
 STAGES = ("retrieved", "pre_ranked", "ranked", "exposed", "clicked")
 
 # user, item, second, stage, request (None: no request)

@@ -68,7 +68,7 @@ def by_hand(query: Mapping[str, Any]) -> dict[str, Any]:
         "history_times": [NO_TIME if x is None else x - latest for x in seconds],
         "feature gender": gender,
         "feature age": age,
-        "feature device": {"app": 1, "web": 2}.get(request.get("device"), 0),
+        "feature device": {"app": 1, "web": 2}.get(str(request.get("device")), 0),
         "feature hour": 0 if hour is None else hour + 1,
     }
 
