@@ -1,7 +1,6 @@
 """iALS as a member of a sum: its vectors against the library's scores, its sum, its export."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
