@@ -80,7 +80,7 @@ def graph_at_start() -> dict[str, set[str]]:
 
 @functools.cache
 def graph_when_loaded() -> dict[str, set[str]]:
-    deferred = ("libraries", "features", "service")
+    deferred = ("libraries", "features", "service", "run", "cli")
     kinds = (module for module in SOURCES if room(module) in deferred)
     return graph() | {x: set(imports(SOURCES[x].read_text(), is_deferred=False)) for x in kinds}
 
