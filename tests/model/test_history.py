@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfrs_pipeline.features.raw import relative_seconds
 from tfrs_pipeline.model import history as histories
 from tfrs_pipeline.model.history import NUM_GAPS, HistoryEncoder, drop_gaps, gap_buckets
 from tfrs_pipeline.model.randomness import Dropout
@@ -187,7 +188,7 @@ def test_a_slice_of_a_batch_drops_what_the_whole_does(
     encoder = timed.get(pooling) or make_encoder(pooling)
     # Only one of the slices has the longest history.
     histories = tf.constant(sequences([2, 1, 3, 8, 5]), tf.int32)
-    times = tf.constant(np.tile(1e9 - 10.0 ** np.arange(9), (5, 1)))
+    times = tf.constant(relative_seconds(np.tile(1e9 - 10.0 ** np.arange(9), (5, 1))))
     seed = tf.constant([3, 4], tf.int32)
     whole = encoder(histories, times, Dropout(seed))
     slices = [
@@ -202,7 +203,7 @@ def test_training_drops_the_times_of_some_histories() -> None:
     ages: Any = encoder.ages
     ages.assign(tf.linspace(0.0, -1.0, NUM_GAPS))
     rows = tf.constant(np.tile([1, 2, 3], (4000, 1)))
-    times = tf.constant(np.tile([9e6, 8e6, 7e6, 1e6], (4000, 1)))
+    times = tf.constant(relative_seconds(np.tile([9e6, 8e6, 7e6, 1e6], (4000, 1))))
     with_times, without = encoder(rows[:1], times[:1]).numpy(), encoder(rows[:1]).numpy()
     pooled = encoder(rows, times, Dropout(tf.constant([4, 5]))).numpy()
     is_dropped, is_kept = (np.isclose(pooled, x).all(axis=1) for x in (without, with_times))

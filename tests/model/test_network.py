@@ -12,6 +12,7 @@ from tests.model.conftest import LENGTH, LOSERS, NUM_ITEMS, scores_of, tiny
 from tests.model.test_two_tower import EveryCandidate
 from tests.small_batches import as_arrays
 from tfrs_pipeline import Batch, Popularity, Samples, TrainingSet, Uniform
+from tfrs_pipeline.features.raw import NO_TIME
 from tfrs_pipeline.model import tf_tables
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.towers import FeatureTable, candidate_tower, query_tower
@@ -91,7 +92,7 @@ def test_the_loss_is_that_of_a_loop(
         more = [[0, 0], [0, 2]]
         wide = batch._replace(history_rows=tf.pad(batch.history_rows, more)[:, :LENGTH])
         if (times := batch.history_times) is not None:
-            times = tf.pad(times, more, constant_values=np.nan)[:, : LENGTH + 1]
+            times = tf.pad(times, more, constant_values=NO_TIME)[:, : LENGTH + 1]
             wide = wide._replace(history_times=times)
         assert network.compute_loss(wide).numpy() == pytest.approx(expected, rel=1e-4)
 

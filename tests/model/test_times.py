@@ -23,6 +23,7 @@ from tfrs_pipeline import (
     export,
     load,
 )
+from tfrs_pipeline.features.raw import relative_seconds
 from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.warm_start import WarmStart
 
@@ -116,15 +117,17 @@ def test_seconds_count_whenever_they_are(timed: TrainingSet, form: str) -> None:
     row, rows = tf.constant([1]), tf.constant([[3, 2, 1]])
     since = {"history": [[64.0, 61.0, 50.0, 0.0]], "sequence": [[0.0, 50.0, 61.0, 64.0]]}[form]
 
-    def embedded(start: float) -> np.ndarray:
-        times = tf.constant(since, tf.float64) + start
+    def embedded(start: float = 0.0, shift: int = 0, scale: int = 1) -> np.ndarray:
+        times = tf.constant(relative_seconds(scale * np.array(since) + start) + shift)
         if form == "history":
             return network.embed_queries(row, rows, history_times=times).numpy()
         batch = Batch(row, sequence_rows=rows, sequence_times=times, state=tf.constant([3]))
         return network._queries(batch).numpy()
 
     # Only the gaps matter. Numbers as large as 1.7e9 are 128 seconds apart in float32.
-    np.testing.assert_allclose(embedded(1.7e9), embedded(0.0), rtol=1e-5)
+    for shift in (0, -1_700_000_000):
+        np.testing.assert_allclose(embedded(1.7e9, shift), embedded(), rtol=1e-5)
+    assert np.abs(embedded(scale=50) - embedded()).max() > 1e-3
 
 
 def test_validation_asks_as_evaluation_does(model: FittedTwoTower, split: Split) -> None:

@@ -17,8 +17,6 @@ from tfrs_pipeline import load, write_log
 from tfrs_pipeline.durable import Damaged, StorageError
 from tfrs_pipeline.service.user_events import JOURNAL_FILE, Event, Journal, Watch
 
-pytestmark = pytest.mark.usefixtures("loaded_once")
-
 
 def ask(running: Running, user: int = 102, k: int = 5) -> tuple[list[int], str | None]:
     """Returns the ids of an answer, and its header about events."""
