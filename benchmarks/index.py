@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from record import parser_with_json, write_json
 
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.results import format_cells
-from tfrs_pipeline.exports.encoder import known_rows
 from tfrs_pipeline.search.candidates import Candidates, FilterValues
 from tfrs_pipeline.search.tune import Requests, Tuned, exact_ranking, tune_index
 from tfrs_pipeline.service.retriever import load
@@ -199,9 +199,10 @@ def main() -> None:
         parser.error(f"--queries must be a multiple of {BATCH_SIZE}, {NUM_TIMED_EXACTLY} or more")
     corpora = []
     if options.model:
-        retriever = load(options.model, exact=True)
-        queries, ids = retriever.held_out_queries(), np.array(retriever.candidate_ids())
-        known = known_rows(retriever.saved_model.encoder, queries, ids)
+        retriever = load(options.model, exact=True, live=False)
+        queries, ids = retriever.held_out_queries(), Ids(retriever.candidate_ids())
+        users = retriever.users.now([query.get("user_id") for query in queries])
+        known = [ids.known_rows(user.known) for user in users]
         held_out, num = retriever.embed_queries(queries), options.queries
         tuning = Requests(held_out[num:], known[num:])
         corpora.append((retriever.candidate_embeddings(), tuning, held_out[:num]))

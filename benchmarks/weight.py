@@ -254,7 +254,7 @@ def equal(model: Model, options: argparse.Namespace) -> Figures:
         by_history = {"user_id": users, "history": rng.choice(items, (100, 20))}
         for name, known in (("retrieve_user", {"user_id": users}), ("retrieve", by_history)):
             inputs = _inputs(saved.signatures[name], {**known, "k": np.array(COMPARED_K)})
-            answer = retriever.answer(name, inputs)
+            answer = retriever.engine.answer(name, inputs)
             expected = saved.signatures[name](**{n: tf.constant(x) for n, x in inputs.items()})
             names = ("candidate_ids", "scores")
             _compare(compared, *(answer[x] for x in names), *(expected[x].numpy() for x in names))
