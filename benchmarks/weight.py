@@ -30,7 +30,8 @@ is trained on a simulated log with as many users. A checkout makes its models by
     python benchmarks/weight.py --json weight.json
 
 measures the package that Python imports. Two checkouts are compared in turn, each round in the
-other order, so that what else the machine does affects both:
+other order, so that what else the machine does affects both. Start it in a folder that is no
+checkout, which Python would import on both sides:
 
     python benchmarks/weight.py --against ../before --json benchmarks/results/weight.json
 
@@ -405,6 +406,7 @@ def main() -> None:
     size = f"generated-{options.users}-{options.events}-{options.items}"
     with tempfile.TemporaryDirectory() as temporary:
         options.folder = (options.folder or Path(temporary)).resolve()
+        options.folder.mkdir(parents=True, exist_ok=True)
         sides = {}
         for name, checkout in checkouts.items():
             if checkout is not None:
