@@ -341,6 +341,7 @@ def gap_buckets(times: tf.Tensor, *, is_large: bool = False) -> tf.Tensor:
     1 + floor(2 log2(1 + seconds)), at most `NUM_GAPS` - 1.
 
     Example:
+        >>> from tfrs_pipeline.features.raw import relative_seconds
         >>> times = relative_seconds(np.array([[5.0, 5.0, 6.0, 9.0, np.nan, 7.0]]))
         >>> gap_buckets(tf.constant(times)).numpy()
         array([[0, 1, 3, 5, 0, 0]], dtype=int32)

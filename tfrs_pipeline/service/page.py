@@ -153,8 +153,9 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
         }
         request = parse_request(retriever.features["request"], query.request)
         read = retriever.inputs.read([{"features": features or None, "request": request}])
-        names = retriever.signatures[name].keys() & read.keys() - inputs.keys()
-        inputs |= {name: read[name].tolist() for name in names}
+        brought = [*retriever.inputs.user_signature.values()] if features else []
+        brought += retriever.inputs.request_signature.values() if request else []
+        inputs |= {spec.name: read[spec.name].tolist() for spec in brought}
     if query.filter:
         inputs["allowed"] = [query.filter]
         name += FILTERED
