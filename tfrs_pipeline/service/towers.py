@@ -30,8 +30,13 @@ class LiteRtTower:
         by_number = Path(f"/dev/fd/{self._file.fileno()}")
         self._path = by_number if by_number.exists() else path
         self._threads = threading.local()  # An interpreter serves one thread at a time.
+        # If a shape within a tower depends on values, XNNPACK's answers may be wrong from the
+        # second call on, without an error: it depends on where memory lies (LiteRT 2.3.0).
+        self._takes_xnnpack = False
         # XNNPACK writes a line at the first start in a process.
         with quiet_natives():
+            self._takes_xnnpack = not self._has_shapes_of_values()
+            self._threads = threading.local()
             self._interpreter()  # A file that cannot be run is refused here.
 
     def __call__(self, inputs: Arrays, /) -> np.ndarray:
@@ -52,12 +57,31 @@ class LiteRtTower:
         embedded: np.ndarray = interpreter.get_tensor(output)  # A copy.
         return embedded
 
+    def _has_shapes_of_values(self) -> bool:
+        """Returns whether a shape within the tower depends on more than the size of the batch."""
+        interpreter, entries, _ = self._interpreter()
+        for index, shape in entries:
+            interpreter.resize_tensor_input(index, [3, *shape])
+        interpreter.allocate_tensors()
+        for entry in interpreter.get_input_details():
+            interpreter.set_tensor(entry["index"], np.zeros(entry["shape"], entry["dtype"]))
+        # A shape that is not known before the call has a 1 in its place.
+        before = [entry["shape"].tolist() for entry in interpreter.get_tensor_details()]
+        interpreter.invoke()
+        after = [entry["shape"].tolist() for entry in interpreter.get_tensor_details()]
+        return before != after
+
     def _interpreter(self) -> tuple[Any, list[tuple[int, Sequence[int]]], int]:
         """Returns this thread's interpreter, index and row shape of each input, the output's."""
         if not hasattr(self._threads, "made"):
-            from ai_edge_litert.interpreter import Interpreter
+            from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-            interpreter = Interpreter(model_path=str(self._path), num_threads=1)
+            kernels = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+            if self._takes_xnnpack:
+                kernels = OpResolverType.AUTO
+            interpreter = Interpreter(
+                model_path=str(self._path), num_threads=1, experimental_op_resolver_type=kernels
+            )
             interpreter.allocate_tensors()
             details = {
                 _plain_name(entry["name"]): entry for entry in interpreter.get_input_details()
