@@ -46,6 +46,11 @@ class LiteRtTower:
         if not num:  # LiteRT takes no empty batch.
             width = interpreter.get_output_details()[0]["shape_signature"][1]
             return np.zeros((0, width), np.float32)
+        if num > 1 and not self._takes_xnnpack:
+            # Without XNNPACK, a batch gains little, and in one, self-attention over each history
+            # takes as long as over the longest.
+            rows = ({name: inputs[name][i : i + 1] for name in self._names} for i in range(num))
+            return np.concatenate([self(row) for row in rows])
         if num != self._threads.num:
             for index, shape in entries:
                 interpreter.resize_tensor_input(index, [num, *shape])
