@@ -20,7 +20,7 @@ from tfrs_pipeline.model.tf_tables import lookup, stored, traced
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.search.exclusions import left_out, rule_with
-from tfrs_pipeline.search.repeats import RepeatBonus
+from tfrs_pipeline.search.history_bonus import NUM_LATEST, HistoryBonus, RepeatBonus
 
 EMBEDDINGS = "embed_user", "embed_query", "embed_query_with_features", "embed_candidate"
 """The functions of an `Encoder`, which signatures of an export call too."""
@@ -42,8 +42,8 @@ class Encoder(tf.Module):
             user's stored history and features. Also `known_items` [B, any], ids to exclude:
             dislikes, and what the user clicked, or saw, if the model excludes it. Absent if the
             model has neither. None without user data.
-            With a repeat bonus, this and the next two functions also return `repeated_items`
-            [B, any], the distinct ids of the history, and `bonuses` [B, any] float32.
+            With a bonus for what the history makes likely, this and the next two functions also
+            return `items_with_bonus` [B, any], distinct ids, and `bonuses` [B, any] float32.
         embed_query: user_id [B], history [B, L] oldest first -> the first three, from this history.
         embed_query_with_features: user_id, history, raw query features -> the same, from these
             features in place of the stored ones; None without query features.
@@ -56,7 +56,7 @@ class Encoder(tf.Module):
         model = model if user_data else without_users(model)
         self._model = lambda: model  # A function keeps the model out of the exported objects.
         self._holds_users, self._reads_times = user_data, model.history_times is not None
-        self._rule = rule_with(model.exclude, has_bonus=model.repeat_bonus is not None)
+        self._rule = rule_with(model.exclude, model.bonus)
         self._query_rows = tf_tables.row_table(model.query_ids)
         self._candidate_rows = tf_tables.row_table(model.candidate_ids)
         # Entry 0 holds the empty id, since an empty slot has row 0.
@@ -66,6 +66,7 @@ class Encoder(tf.Module):
             for lists in (model.histories, model.known_positives, model.disliked)
         )
         self._has_dislikes = len(model.disliked.values) > 0
+        self._bonus = None if model.bonus is None else GraphBonus(model.bonus)
         self._history_times = None
         if model.history_times is not None:
             self._history_times = stored(np.asarray(model.history_times, float))
@@ -135,19 +136,17 @@ class Encoder(tf.Module):
             arguments["history_times"] = _relative(
                 tf.concat([raw[TIMESTAMP][:, tf.newaxis], item_times], axis=1)
             )
-        repeats = {}
-        if model.repeat_bonus is not None:
-            rows, bonuses = (
-                ragged.to_tensor() for ragged in bonuses_of(model.repeat_bonus, histories)
-            )
-            repeated_items = tf.gather(self._candidate_ids, rows)
-            repeats = {"repeated_items": repeated_items, "bonuses": bonuses}
+        with_bonus = {}
+        if self._bonus is not None:
+            rows, bonuses = (ragged.to_tensor() for ragged in self._bonus.of(histories))
+            ids = tf.gather(self._candidate_ids, rows)
+            with_bonus = {"items_with_bonus": ids, "bonuses": bonuses}
         # Counted in dense rows, because summing a ragged tensor would take 5% of a query's time.
         return {
             "embeddings": model.embed_queries(query_rows, recent, **arguments),
             "is_known_user": query_rows > 0,
             "num_known_items": tf.math.count_nonzero(histories.to_tensor(), axis=1, dtype=tf.int32),
-            **repeats,
+            **with_bonus,
         }
 
     def _encoded_features(self, raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -233,25 +232,55 @@ def _relative(times: tf.Tensor) -> tf.Tensor:
 _ROWS = 1 << 31
 
 
-def bonuses_of(
-    bonus: RepeatBonus, histories: tf.RaggedTensor
-) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
-    """Returns what `RepeatBonus.of` does for each of several histories, in a graph.
+class GraphBonus(tf.Module):
+    """What `HistoryBonus` does for each of several histories, in a graph."""
 
-    Takes [B, any] int32 candidate rows, most recent first. Returns [B, any] int32 rows and their
-    bonuses, [B, any] float32.
-    """
-    known = tf.ragged.boolean_mask(histories, histories > 0)
+    def __init__(self, bonus: HistoryBonus) -> None:
+        super().__init__(name="bonus")
+        self._settings = lambda: bonus
+        if bonus.neighbours is not None and bonus.graph is not None:
+            lists = bonus.graph.neighbours
+            self._neighbours = [stored(lists.values), stored(lists.offsets)]
+            self._weights = [stored(bonus.graph.weights()), self._neighbours[1]]
+
+    def of(self, histories: tf.RaggedTensor) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
+        """Returns the items with a bonus, [B, any] int32 rows, and their bonuses, float32.
+
+        Histories are [B, any] int32 candidate rows, most recent first.
+        """
+        bonus = self._settings()
+        known = tf.ragged.boolean_mask(histories, histories > 0)
+        parts = [] if bonus.repeats is None else [_repeats(bonus.repeats, known)]
+        if bonus.neighbours is not None:
+            latest = known[:, :NUM_LATEST]
+            ages = tf.cast(tf.ragged.range(latest.row_lengths()).values, tf.float32)
+            lines = tf.cast(latest.value_rowids(), tf.int64)
+            near = _lists(self._neighbours, latest.values)
+            items = near.value_rowids()
+            faded = tf.gather(bonus.neighbours.decay**ages, items)
+            numbers = bonus.neighbours.weight * faded * _lists(self._weights, latest.values).values
+            pairs = tf.gather(lines, items) * _ROWS + tf.cast(near.values, tf.int64)
+            parts.append((pairs, numbers))
+        pairs, numbers = (tf.concat(column, axis=0) for column in zip(*parts, strict=True))
+        pairs, slots = tf.unique(pairs)
+        sums = tf.math.unsorted_segment_sum(numbers, slots, tf.size(pairs))
+        order = tf.argsort(pairs)  # By line, which a ragged tensor needs.
+        pairs, sums = tf.gather(pairs, order), tf.gather(sums, order)
+        num_lines = histories.nrows(tf.int64)
+        rows = tf.cast(pairs % _ROWS, tf.int32)
+        return tuple(
+            tf.RaggedTensor.from_value_rowids(values, pairs // _ROWS, num_lines)
+            for values in (rows, sums)
+        )
+
+
+def _repeats(bonus: RepeatBonus, known: tf.RaggedTensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns pairs of a line and a distinct item of its history, and the bonuses."""
     lines = tf.cast(known.value_rowids(), tf.int64)
     ages = tf.cast(tf.ragged.range(known.row_lengths()).values, tf.float32)
-    pairs, positions = tf.unique(lines * _ROWS + tf.cast(known.values, tf.int64))
-    n = tf.math.unsorted_segment_sum((1 + ages) ** -bonus.forgetting, positions, tf.size(pairs))
-    num_lines = histories.nrows(tf.int64)
-    rows, bonuses = (
-        tf.RaggedTensor.from_value_rowids(values, pairs // _ROWS, num_lines)
-        for values in (tf.cast(pairs % _ROWS, tf.int32), bonus.weight * n**bonus.power)
-    )
-    return rows, bonuses
+    pairs, slots = tf.unique(lines * _ROWS + tf.cast(known.values, tf.int64))
+    n = tf.math.unsorted_segment_sum((1 + ages) ** -bonus.forgetting, slots, tf.size(pairs))
+    return pairs, bonus.weight * n**bonus.power
 
 
 def _lists(values_and_offsets: Sequence[tf.Variable], rows: tf.Tensor) -> tf.RaggedTensor:

@@ -5,7 +5,6 @@ saved_models/README.md lists the files of a version.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +140,7 @@ def export_version(
             },
             times=users.history_times,
             columns=users.query_columns,
+            graph=model.graph,
         )
 
     def save(
@@ -163,7 +163,7 @@ def export_version(
 
 def _about(model: Exportable) -> dict[str, Any]:
     """Returns what a manifest says of a model, but for its users' data and its index."""
-    features, bonus, items_read = model.inputs.features, model.repeat_bonus, model.items_read
+    features, bonus, items_read = model.inputs.features, model.bonus, model.items_read
     names = {side: raw_signature(features[side]) for side in ("query", "candidate")}
     names["request"] = model.inputs.request_signature
     return {
@@ -175,9 +175,9 @@ def _about(model: Exportable) -> dict[str, Any]:
             side: {name: spec.name for name, spec in specs.items()} for side, specs in names.items()
         },
         "history_length": model.history_length,
-        "repeat_bonus": None if bonus is None else asdict(bonus),
+        "bonus": bonus and bonus.as_dict(),
         "reading": model.reading.as_json(),
-        "exclude": rule_with(model.exclude, has_bonus=bonus is not None),
+        "exclude": rule_with(model.exclude, bonus),
         "has_item_bias": model.has_item_bias,
         "items_read": items_read.isoformat(),
         # A clock that is ahead may date an event after the reading. If that ended the log, no event
@@ -188,6 +188,7 @@ def _about(model: Exportable) -> dict[str, Any]:
             "items_are_text": model.candidate_ids.dtype != np.int64,
             "reads_times": model.history_times is not None,
             "user_features": [*model.query_columns],
+            "graph": model.graph.kind,
         },
     }
 

@@ -137,14 +137,22 @@ def search_with_bonuses(
     """Searches as `ExactIndex.search`, with bonuses [B, R] on the scores of some candidates.
 
     These are `rows` [B, R], distinct, 0 in padding. They are scored exactly, and merged with the
-    best of the others.
+    best of the others. A positive bonus does not leave its candidate out of the search: whatever is
+    among the best with bonuses, but has none, is also among the best without.
     """
-    others = index.search(queries, k, tf.concat([excluded, rows], axis=1))
+    is_worse = bonuses < 0
+    # Without the other columns, since the index has to find as many more as `excluded` is wide.
+    worse = tf.boolean_mask(tf.where(is_worse, rows, 0), tf.reduce_any(is_worse, axis=0), axis=1)
+    others = index.search(queries, k, tf.concat([excluded, worse], axis=1))
     vectors = tf.gather(index.embeddings, tf.maximum(rows - 1, 0))
     scores = tf.linalg.matvec(vectors, queries) + bonuses
     is_open = (rows > 0) & ~is_member(_as_lists(excluded), rows)
-    rows = tf.concat([others[0], rows], axis=1)
-    scores = tf.concat([others[1], tf.where(is_open, scores, -np.inf)], axis=1)
+    # A candidate that the search found too counts with its bonus.
+    is_twice = is_member(_as_lists(rows), others[0])
+    rows = tf.concat([tf.where(is_twice, 0, others[0]), rows], axis=1)
+    scores = tf.concat(
+        [tf.where(is_twice, -np.inf, others[1]), tf.where(is_open, scores, -np.inf)], axis=1
+    )
     # Of equal scores, the smaller row comes first.
     order = tf.argsort(rows, axis=1)
     rows, scores = (tf.gather(values, order, batch_dims=1) for values in (rows, scores))

@@ -116,9 +116,9 @@ class RetrievalModule(tf.Module):
         excluded = tf_tables.lookup(self._candidate_rows, exclude)
         vectors = embedded.pop("embeddings")
         if "bonuses" in embedded:
-            repeated = tf_tables.lookup(self._candidate_rows, embedded.pop("repeated_items"))
+            with_bonus = tf_tables.lookup(self._candidate_rows, embedded.pop("items_with_bonus"))
             rows, scores = search_with_bonuses(
-                self.index, vectors, k, excluded, repeated, embedded.pop("bonuses")
+                self.index, vectors, k, excluded, with_bonus, embedded.pop("bonuses")
             )
         else:
             rows, scores = self.index.search(vectors, k, excluded)

@@ -1,7 +1,7 @@
 """What an export needs to know about a model of this package or another one."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, get_args
@@ -15,8 +15,9 @@ from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.samples.store import RowLists
+from tfrs_pipeline.search.history_bonus import HistoryBonus
+from tfrs_pipeline.search.item_graph import KINDS, ItemGraph
 from tfrs_pipeline.search.queries import QueryInputs
-from tfrs_pipeline.search.repeats import RepeatBonus
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,8 +58,9 @@ class Exportable:
         reading: How the item table was read (see `Log`).
         has_item_bias: Whether the last entry of a candidate's embedding is a bias and that of a
             query's is 1. To find similar items, an item's last entry is set to 1 too.
-        repeat_bonus: What is added to the scores of the items in a query's history, given or
-            stored; None is nothing. With it, answers hold known positives whatever `exclude` is.
+        bonus: What is added to the scores of the items in a query's history, given or stored, and
+            of what people took near them; None is nothing. If it has no graph, that of `histories`
+            is taken. With `repeats`, answers hold known positives whatever `exclude` is.
         exclude: What answers by user id leave out, as the rankings of an evaluation do: "clicked"
             and "seen" `known_positives` and what is recorded in service as clicked, or also as
             shown; "none" nothing. Disliked items are always left out.
@@ -89,7 +91,7 @@ class Exportable:
     candidate_features: Sequence[Feature] = ()
     reading: Reading = field(default_factory=Reading)
     has_item_bias: bool = False
-    repeat_bonus: RepeatBonus | None = None
+    bonus: HistoryBonus | None = None
     exclude: Exclude = "clicked"
     items_read: datetime = field(default_factory=lambda: datetime.now(UTC))
     histories_until: datetime | None = None
@@ -125,6 +127,8 @@ class Exportable:
             )
         self._leave_out_unknown_items()
         _ = self.candidate_ids  # Read now, so that wrong items are refused here.
+        if self.bonus is not None and self.bonus.neighbours is not None:
+            object.__setattr__(self, "bonus", replace(self.bonus, graph=self.graph))
 
     def _leave_out_unknown_items(self) -> None:
         """Leaves row 0 out of lists, as a request's history leaves out items of unknown ids."""
@@ -161,6 +165,15 @@ class Exportable:
             history_length=self.history_length,
             reads_times=self.history_times is not None,
         )
+
+    @cached_property
+    def graph(self) -> ItemGraph:
+        """What people took near each item: that of `bonus`, or else in all `histories`."""
+        bonus = self.bonus or HistoryBonus()
+        if bonus.graph is not None:
+            return bonus.graph
+        kind = next(iter(KINDS)) if bonus.neighbours is None else bonus.neighbours.kind
+        return ItemGraph.build(self.histories, len(self.candidate_ids), kind)
 
     @cached_property
     def candidate_ids(self) -> np.ndarray:

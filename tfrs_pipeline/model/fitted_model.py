@@ -13,18 +13,18 @@ from tfrs_pipeline.data.held_out_queries import Holdout
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Exclude
+from tfrs_pipeline.model.bonus_choice import bonus_for
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.custom_parts import tables_in
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.network import TwoTowerNetwork
-from tfrs_pipeline.model.repeat_choice import bonus_for
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.tf_tables import tower_of
 from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries, check_requests
 from tfrs_pipeline.samples.latest_histories import disliked_rows, latest_histories, seen_rows
-from tfrs_pipeline.search.repeats import RepeatBonus
+from tfrs_pipeline.search.history_bonus import HistoryBonus
 from tfrs_pipeline.search.topk import ExactRetriever, ScoreRetriever
 
 QueryEncoder: TypeAlias = Callable[[Sequence[Query]], np.ndarray]
@@ -87,8 +87,8 @@ class FittedTwoTower:
         result: How training went.
         notes: Lines for the user: what was masked, and what is never drawn.
         log: The log that it was fitted to, which an export needs; None for samples alone.
-        repeat_bonus: What is added to the scores of the items in a query's history; None is
-            nothing.
+        bonus: What is added to the scores of the items in a query's history, and of what people
+            took near them; None is nothing.
     """
 
     settings: TwoTowerSettings
@@ -99,7 +99,7 @@ class FittedTwoTower:
     result: TrainingResult
     notes: list[str] = field(default_factory=list)
     log: Log | None = None
-    repeat_bonus: RepeatBonus | None = None
+    bonus: HistoryBonus | None = None
 
     def __repr__(self) -> str:
         num_items, num_users = len(self.candidate_ids), len(self.query_ids)
@@ -139,19 +139,19 @@ class FittedTwoTower:
     @functools.cached_property
     def _retriever(self) -> ScoreRetriever:
         exact = ExactRetriever(self.candidate_ids, self.corpus_embeddings(), self.encoder)
-        return exact if self.repeat_bonus is None else self.repeat_bonus.added_to(exact)
+        return exact if self.bonus is None else self.bonus.added_to(exact)
 
     def corpus_embeddings(self) -> np.ndarray:
         """Embeds all candidates: [num_candidates, D] float32."""
         return self.network.embed_corpus()
 
-    def with_repeat_bonus(self, validation: Holdout, exclude: Exclude, seed: int) -> Self:
-        """Returns the model with the repeat bonus that validation chooses, which may be none.
+    def with_bonus(self, validation: Holdout, exclude: Exclude, seed: int) -> Self:
+        """Returns the model with the bonus that validation chooses, which may be none.
 
-        None is chosen if rankings exclude the user's items, or `training.repeat_bonus` is off.
+        None is chosen if `training.history_bonus` is off.
         """
-        bonus = bonus_for(self, self.training, validation, exclude, seed)
-        return self if bonus is None else dataclasses.replace(self, repeat_bonus=bonus)
+        bonus = bonus_for(self, self.log, self.training, validation, exclude, seed)
+        return self if bonus is None else dataclasses.replace(self, bonus=bonus)
 
     def exportable(self) -> Exportable:
         """Gathers what an export holds: the towers and the whole log, test part included.
@@ -162,7 +162,9 @@ class FittedTwoTower:
             raise ValueError(
                 "The model was fitted to samples that name no log, so it knows no items."
             )
-        return dataclasses.replace(with_log(self.towers, self.log), repeat_bonus=self.repeat_bonus)
+        # The graph of an export is that of the whole log.
+        bonus = self.bonus and dataclasses.replace(self.bonus, graph=None)
+        return dataclasses.replace(with_log(self.towers, self.log), bonus=bonus)
 
 
 def with_log(towers: Exportable, log: Log) -> Exportable:

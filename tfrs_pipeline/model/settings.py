@@ -127,9 +127,10 @@ class TrainingSettings(Config):
     or your own (`METRICS`), at one of evaluation.cutoffs."""
     validation_users: PositiveInt = 10_000
     """Most queries that validation ranks after each epoch; sampled if there are more."""
-    repeat_bonus: bool = True
-    """Whether validation may choose a number that is added to the scores of the items in a query's
-    history, by how often they occur, where rankings exclude nothing (evaluation.exclude)."""
+    history_bonus: bool = True
+    """Whether validation may choose numbers that are added to the scores of a few items: of what
+    people took near the latest items of a query's history; and of these items themselves, by how
+    often they occur, where rankings exclude nothing (evaluation.exclude)."""
     refit: bool = True
     """Whether a run trains again on training and validation events, for the chosen number of
     epochs."""

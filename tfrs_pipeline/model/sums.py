@@ -25,16 +25,16 @@ from tfrs_pipeline.evaluation.evaluate import Truth, measure_vectors
 from tfrs_pipeline.evaluation.metrics import Metric, metric_of
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.messages import check_integer
+from tfrs_pipeline.model.bonus_choice import bonus_for
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, QueryEncoder, encoder_of
 from tfrs_pipeline.model.ials import FittedIals
-from tfrs_pipeline.model.repeat_choice import bonus_for
 from tfrs_pipeline.model.settings import TrainingSettings
 from tfrs_pipeline.model.tf_tables import embed_corpus
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries
-from tfrs_pipeline.search.repeats import RepeatBonus
+from tfrs_pipeline.search.history_bonus import HistoryBonus
 from tfrs_pipeline.search.topk import ExactRetriever, ScoreRetriever
 
 # What a further member's score may weigh, in units of its spread; the first has 1.
@@ -202,15 +202,15 @@ class FittedSum:
         weights: What each member's score is multiplied by, in units of its `Vectors.spread`.
         projection: Makes the sum's vectors from the members'.
         notes: Lines for the user.
-        repeat_bonus: What is added to the scores of the items in a query's history; None is
-            nothing.
+        bonus: What is added to the scores of the items in a query's history, and of what people
+            took near them; None is nothing.
     """
 
     members: Mapping[str, Member]
     weights: Mapping[str, float]
     projection: Projection
     notes: list[str] = dataclasses.field(default_factory=list)
-    repeat_bonus: RepeatBonus | None = None
+    bonus: HistoryBonus | None = None
 
     @classmethod
     def of(
@@ -276,21 +276,22 @@ class FittedSum:
     @functools.cached_property
     def _retriever(self) -> ScoreRetriever:
         exact = ExactRetriever(self.candidate_ids, self.corpus_embeddings(), self.encoder)
-        return exact if self.repeat_bonus is None else self.repeat_bonus.added_to(exact)
+        return exact if self.bonus is None else self.bonus.added_to(exact)
 
     def corpus_embeddings(self) -> np.ndarray:
         """Embeds all candidates with all members: [num_candidates, D] float32."""
         return embed_corpus(self.towers.embed_candidates, len(self.candidate_ids))
 
-    def with_repeat_bonus(self, validation: Holdout, exclude: Exclude, seed: int) -> "FittedSum":
-        """Returns the sum with the repeat bonus that validation chooses, which may be none.
+    def with_bonus(self, validation: Holdout, exclude: Exclude, seed: int) -> "FittedSum":
+        """Returns the sum with the bonus that validation chooses, which may be none.
 
-        The settings of the first member's training decide; see `FittedTwoTower.with_repeat_bonus`.
+        The settings of the first member's training decide; see `FittedTwoTower.with_bonus`.
         """
         # The first member may be of another package.
         training = getattr(self.first, "training", None) or TrainingSettings()
-        bonus = bonus_for(self, training, validation, exclude, seed)
-        return self if bonus is None else dataclasses.replace(self, repeat_bonus=bonus)
+        log = getattr(self.first, "log", None)
+        bonus = bonus_for(self, log, training, validation, exclude, seed)
+        return self if bonus is None else dataclasses.replace(self, bonus=bonus)
 
     def exportable(self) -> Exportable:
         """Gathers what an export holds: all members' towers, and the whole log."""
@@ -306,7 +307,8 @@ class FittedSum:
             name: getattr(whole, name)
             for name in (*names, "histories_until", "reading", "items_read", "exclude")
         }
-        return dataclasses.replace(self.towers, repeat_bonus=self.repeat_bonus, **log_fields)
+        bonus = self.bonus and dataclasses.replace(self.bonus, graph=None)
+        return dataclasses.replace(self.towers, bonus=bonus, **log_fields)
 
     @functools.cached_property
     def towers(self) -> Exportable:
@@ -622,4 +624,4 @@ class Sum:
         chosen = {name: fitted[name] for name in choice.weights}
         summed = FittedSum.of(chosen, choice.weights, truth.queries, self.dim)
         summed = dataclasses.replace(summed, notes=choice.lines())
-        return summed.with_repeat_bonus(validation, exclude, seed=0)
+        return summed.with_bonus(validation, exclude, seed=0)

@@ -157,8 +157,8 @@ class TwoTower(TwoTowerSettings):
                 Custom parts are compared by name alone, and the model to start from is not compared
                 at all, so do not change these in between. None is temporary. Several workers need a
                 shared folder (`docs/guides/scale.md`).
-            exclude: What validation excludes from a user's ranking. If nothing, it also chooses the
-                model's `repeat_bonus`.
+            exclude: What validation excludes from a user's ranking; it also chooses the model's
+                `bonus`.
             on_epoch: Called after each epoch with the result so far.
             verbose: Whether to write a line for each epoch: in a notebook to its cell, elsewhere to
                 standard error. None writes in a notebook or a terminal.
@@ -204,7 +204,7 @@ class TwoTower(TwoTowerSettings):
             )
         if validation is None:
             return model
-        return model.with_repeat_bonus(validation, exclude, self.seed)
+        return model.with_bonus(validation, exclude, self.seed)
 
     def fit_samples(
         self,

@@ -149,7 +149,7 @@ def compare(
                 tell=lambda done, line: progress.task(task, done, most, line),
             )
             if validation is not None:  # As `TwoTower.fit` does after its training.
-                model = model.with_repeat_bonus(validation, exclude, number)
+                model = model.with_bonus(validation, exclude, number)
             result = evaluate({name: model}, test, exclude=exclude, cutoffs=measured.cutoffs)
             return result, model.result
 

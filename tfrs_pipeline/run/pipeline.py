@@ -163,11 +163,10 @@ def _describe_training(model: Model) -> dict[str, Any]:
         metric: [None if math.isnan(value) else value for value in values]
         for metric, values in model.result.history.items()
     }
-    bonus = model.repeat_bonus
     return {
         "best_epoch": model.result.best_epoch,
         "history": history,
-        "repeat_bonus": bonus and asdict(bonus),
+        "bonus": model.bonus and model.bonus.as_dict(),
     }
 
 

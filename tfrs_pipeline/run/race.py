@@ -214,7 +214,7 @@ def race(
         if len(models) > 1:
             queries = queries_of(config, validation).queries
             model = FittedSum.of(models, decided.weights, queries)
-        return model.with_repeat_bonus(validation, config.evaluation.exclude, seed), decided
+        return model.with_bonus(validation, config.evaluation.exclude, seed), decided
 
 
 class _Racing:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from tfrs_pipeline.config import IalsConfig, RunConfig, plan_settings, with_settings
 from tfrs_pipeline.data.held_out_queries import Holdout
@@ -13,6 +13,7 @@ from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.baselines import Ials
 from tfrs_pipeline.evaluation.evaluate import Truth
 from tfrs_pipeline.messages import SILENT, Progress, counted
+from tfrs_pipeline.model.bonus_choice import item_graph
 from tfrs_pipeline.model.checkpoints import read_epoch
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import training_strategy
@@ -26,9 +27,10 @@ from tfrs_pipeline.model.warm_start import WarmStart
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.steps import RunContext, Step
-from tfrs_pipeline.search.repeats import RepeatBonus
+from tfrs_pipeline.search.history_bonus import HistoryBonus
 
 Training: TypeAlias = Literal["selection", "refit"]
+AnyModel = TypeVar("AnyModel", FittedTwoTower, FittedSum)
 
 
 def training_step(name: str, path: str, config: RunConfig | None = None) -> Step:
@@ -80,11 +82,12 @@ def train_and_refit(
     folder: Path | None = None,
     progress: Progress = SILENT,
     max_epochs: int | None = None,
+    has_bonus: bool = True,
 ) -> FittedTwoTower:
     """Chooses the number of epochs on validation, then trains on all events before the test.
 
     `max_epochs` of the first training replaces the settings' number. The model's `result` is that
-    of the first training; its `notes` describe both.
+    of the first training; its `notes` describe both. Validation chooses a bonus if it `has_bonus`.
     """
     source = config.warm_start
 
@@ -104,9 +107,10 @@ def train_and_refit(
         )
 
     model = fit("selection", max_epochs or config.training.max_epochs)
-    model = model.with_repeat_bonus(data.validation, config.evaluation.exclude, config.seed)
+    if has_bonus:
+        model = model.with_bonus(data.validation, config.evaluation.exclude, config.seed)
     # The second training has no validation, so this one's curves and its bonus are kept.
-    chosen, bonus = model.result, model.repeat_bonus
+    chosen, bonus = model.result, model.bonus
     notes = [] if source is None else list(_about_source(source, name, data))
     monitor = config.training.monitor
     monitored = chosen.history[f"val_{monitor}"]
@@ -120,12 +124,23 @@ def train_and_refit(
         model = fit("refit", chosen.best_epoch)
         epochs = counted(chosen.best_epoch, "epoch")
         notes.append(f"trained again on training and validation positives for {epochs}")
-    notes += [*model.notes, *_about_bonus(bonus)]
-    return dataclasses.replace(model, result=chosen, notes=notes, repeat_bonus=bonus)
+    notes += model.notes
+    return _with_bonus(dataclasses.replace(model, result=chosen, notes=notes), bonus, data.split)
 
 
-def _about_bonus(bonus: RepeatBonus | None) -> list[str]:
-    return [f"items of the query's history score {bonus}, chosen on validation"] if bonus else []
+def _with_bonus(model: AnyModel, bonus: HistoryBonus | None, split: Split) -> AnyModel:
+    """Adds a bonus to a model that is tested: neighbours are those of all events before the test.
+
+    They need no training, so a service has them too.
+    """
+    if bonus is None:
+        return model
+    notes = model.notes + list(bonus.notes)
+    if bonus.neighbours is not None:
+        ids = model.query_ids, model.candidate_ids
+        graph = item_graph(split.before_test, *ids, bonus.neighbours.kind)
+        bonus = dataclasses.replace(bonus, graph=graph)
+    return dataclasses.replace(model, bonus=bonus, notes=notes)
 
 
 def train_sum(
@@ -140,7 +155,7 @@ def train_sum(
     weights = {name: member.weight for name, member in config.summed.items()}
     queries = queries_of(config, data.validation).queries
 
-    def fit(data: RunData) -> FittedSum:
+    def fit(data: RunData, *, is_tested: bool) -> FittedSum:
         members: dict[str, Member] = {}
         notes: list[str] = []
         for name, member in config.summed.items():
@@ -156,21 +171,20 @@ def train_sum(
                 folder=folder / name,
                 progress=progress,
                 max_epochs=member.epochs,
+                # That of the first is for the test of it alone.
+                has_bonus=is_tested and not members,
             )
-            # The bonuses of members alone do not count in the sum.
-            bonus = _about_bonus(model.repeat_bonus)
-            notes += [f"{name}: {note}" for note in model.notes if note not in bonus]
+            of_bonus = () if model.bonus is None else model.bonus.notes
+            notes += [f"{name}: {note}" for note in model.notes if note not in of_bonus]
         return dataclasses.replace(FittedSum.of(members, weights, queries), notes=notes)
 
-    exclude = config.evaluation.exclude
-    if exclude != "none":  # Nothing is chosen on validation any more.
-        return fit(data)
     # The sum of the first trainings, which have not seen validation, chooses the bonus.
-    first = fit(dataclasses.replace(data, final=data.selection))
-    first = first.with_repeat_bonus(data.validation, exclude, config.seed)
-    summed, bonus = fit(data) if data.has_refit else first, first.repeat_bonus
-    notes = [*summed.notes, *(f"the sum: {note}" for note in _about_bonus(bonus))]
-    return dataclasses.replace(summed, notes=notes, repeat_bonus=bonus)
+    selection = dataclasses.replace(data, final=data.selection)
+    first = fit(selection, is_tested=not data.has_refit)
+    first = first.with_bonus(data.validation, config.evaluation.exclude, config.seed)
+    return _with_bonus(
+        fit(data, is_tested=True) if data.has_refit else first, first.bonus, data.split
+    )
 
 
 def queries_of(config: RunConfig, validation: Holdout) -> Truth:
@@ -265,9 +279,10 @@ def trained_in(
     best_epoch = training[name]["best_epoch"]
     record = read_epoch(network, config.training, checkpoints / step, best_epoch)
     result = TrainingResult(record["history"], best_epoch, record["seconds"])
-    encoder, bonus = query_encoder(network, corpus), training[name].get("repeat_bonus")
+    encoder = query_encoder(network, corpus)
     model = FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log=log)
-    return dataclasses.replace(model, repeat_bonus=bonus and RepeatBonus(**bonus))
+    bonus = training[name].get("bonus")
+    return _with_bonus(model, bonus and HistoryBonus.read(bonus, None), split)
 
 
 def split_in(folder: RunFolder) -> Split:

@@ -289,12 +289,12 @@ class Candidates:
             chosen = [self.values.choose(values) for values in allowed]
         search = _Search(view, self._levels, queries, k, rows_left_out, chosen)
         # Candidates with a bonus are scored exactly, and merged with the best of the others.
-        repeats = [] if bonuses is None else search.take_out(bonuses)
+        with_bonus = [] if bonuses is None else search.take_out(bonuses)
         if exact or view.searcher is None:
             search.score_all(list(range(num)))
         else:
             search.approximate()
-        search.merge(repeats)
+        search.merge(with_bonus)
         return view.ids[search.rows], search.scores
 
     def change(
@@ -376,25 +376,30 @@ class _Search:
     def take_out(
         self, bonuses: Iterable[tuple[Sequence[Any] | np.ndarray, np.ndarray]]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Leaves candidates with a bonus out of the search; returns their rows and scores by query.
+        """Scores candidates with a bonus; returns their rows and scores by query.
 
-        These lack the candidates that the query may not return.
+        These lack the candidates that the query may not return. A negative bonus leaves its
+        candidate out of the search. A positive one need not: whatever is among the best with
+        bonuses, but has none, is also among the best without.
         """
-        repeats = []
-        for line, (ids, id_bonuses) in enumerate(bonuses):
-            rows = self.view.rows_now(ids)
+        with_bonus = []
+        for line, (ids, numbers) in enumerate(bonuses):
+            rows, numbers = self.view.rows_now(ids), numbers[: len(ids)]
             is_open = self._open(line, rows)
-            self.excluded[line] = np.union1d(self.excluded[line], rows[rows > 0])
-            rows = rows[is_open]
+            rows, numbers = rows[is_open], numbers[is_open]
+            if (is_worse := numbers < 0).any():
+                self.excluded[line] = np.union1d(self.excluded[line], rows[is_worse])
             scores = self.view.vectors[rows - 1] @ self.queries[line]
-            repeats.append((rows, scores + id_bonuses[: len(ids)][is_open]))
-        return repeats
+            with_bonus.append((rows, scores + numbers))
+        return with_bonus
 
-    def merge(self, repeats: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    def merge(self, with_bonus: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         """Merges what `take_out` returned into the answers."""
-        for line, (rows, scores) in enumerate(repeats):
-            merged = merge(self.rows[line], self.scores[line], rows, scores)
-            self.rows[line], self.scores[line] = merged
+        for line, (rows, scores) in enumerate(with_bonus):
+            # A candidate that the search found too counts with its bonus.
+            is_other = ~np.isin(self.rows[line], rows)
+            found = self.rows[line] * is_other, np.where(is_other, self.scores[line], -np.inf)
+            self.rows[line], self.scores[line] = merge(*found, rows, scores)
 
     def approximate(self) -> None:
         """Asks the index at the level that each query needs, and at a wider one if that fails.

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from tfrs_pipeline.data.schema import SEEN, Exclude, Stage
+from tfrs_pipeline.search.history_bonus import HistoryBonus
 
 KNOWN_STAGES: Mapping[Exclude, Collection[Stage]] = {
     "clicked": [Stage.CLICKED],
@@ -20,9 +21,9 @@ KNOWN_STAGES: Mapping[Exclude, Collection[Stage]] = {
 """Rule -> the stages of events that make an item known to its user."""
 
 
-def rule_with(exclude: Exclude, *, has_bonus: bool) -> Exclude:
+def rule_with(exclude: Exclude, bonus: HistoryBonus | None) -> Exclude:
     """Returns the rule of a model: `exclude`, or "none" with a repeat bonus, which needs them."""
-    return "none" if has_bonus else exclude
+    return exclude if bonus is None or bonus.repeats is None else "none"
 
 
 def left_out(rule: Exclude, known: Iterable[Any], disliked: Iterable[Any]) -> list[Any]:

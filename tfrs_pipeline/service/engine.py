@@ -18,7 +18,6 @@ from tfrs_pipeline.search.queries import (
     padded,
     padded_ids,
 )
-from tfrs_pipeline.search.repeats import RepeatBonus
 from tfrs_pipeline.service.parts import Parts
 from tfrs_pipeline.service.signatures import FILTERED, RETRIEVALS, SEARCH_INPUTS, SIMILAR, id_lists
 from tfrs_pipeline.service.users import Users
@@ -39,8 +38,7 @@ class Engine:
         # Read now, so that a bad one is refused here, and a version may be deleted later.
         self._query_tower, self._candidate_tower = parts.query_tower, parts.candidate_tower
         self._has_bias = manifest["has_item_bias"]
-        bonus = manifest["repeat_bonus"]
-        self._bonus = None if bonus is None else RepeatBonus(**bonus)
+        self._bonus = parts.bonus
 
     def answer(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, exact: bool = False
@@ -69,10 +67,10 @@ class Engine:
         # As in the SavedModel: absent where the version leaves nothing out for anyone.
         if known is not None and (any(known) or self._users.has_left_out):
             embedded["known_items"] = padded_ids(known, items.are_text)
-        if (repeats := embedded.pop("repeats", None)) is not None:
-            ids = [items.take(rows).tolist() for rows, _ in repeats]
-            bonuses = np.concatenate([np.zeros(0, np.float32), *(part[1] for part in repeats)])
-            embedded["repeated_items"] = padded_ids(ids, items.are_text)
+        if (with_bonus := embedded.pop("with_bonus", None)) is not None:
+            ids = [items.take(rows).tolist() for rows, _ in with_bonus]
+            bonuses = np.concatenate([np.zeros(0, np.float32), *(part[1] for part in with_bonus)])
+            embedded["items_with_bonus"] = padded_ids(ids, items.are_text)
             embedded["bonuses"] = padded(bonuses, ids, np.float32(0))
         return embedded
 
@@ -93,13 +91,14 @@ class Engine:
         exact: bool = False,
     ) -> dict[str, np.ndarray]:
         """Answers embedded queries: ids, scores, and what the model knew of each query."""
-        vectors, repeats = embedded.pop("embeddings"), embedded.pop("repeats", None)
+        vectors, with_bonus = embedded.pop("embeddings"), embedded.pop("with_bonus", None)
         if (lists := embedded.pop("known_items", None)) is not None:
             more = [()] * len(lists) if exclude is None else exclude
             exclude = [[*known_ids, *ids] for known_ids, ids in zip(lists, more, strict=True)]
         bonuses = None
-        if repeats is not None:
-            bonuses = [(self._parts.stored.items.take(rows), numbers) for rows, numbers in repeats]
+        if with_bonus is not None:
+            items = self._parts.stored.items
+            bonuses = [(items.take(rows), numbers) for rows, numbers in with_bonus]
         ids, scores = self._candidates.search(
             vectors, k, exclude, allowed, exact=exact, bonuses=bonuses
         )
@@ -109,8 +108,8 @@ class Engine:
         """Embeds raw arrays: users by what they did until now, others by the history they bring.
 
         Returns `embeddings` [B, D], what is known of each query, `known_items`, a list of ids to
-        leave out for each, and with a repeat bonus `repeats`: rows of the history's items, and
-        their bonuses.
+        leave out for each, and with a `HistoryBonus` `with_bonus`: rows of items, and their
+        bonuses.
         """
         if name == SIMILAR:
             return self.item_queries(arrays["item_id"].tolist())
@@ -130,7 +129,7 @@ class Engine:
             part = {name: array[block] for name, array in arrays.items()}
             blocks.append(self._query_tower(self._parts.inputs.encode(part, histories[block])))
         if self._bonus is not None:
-            known["repeats"] = [self._bonus.of(history.rows) for history in histories]
+            known["with_bonus"] = [self._bonus.of(history.rows) for history in histories]
         return {
             "embeddings": np.concatenate(blocks) if len(blocks) > 1 else blocks[0],
             "is_known_user": is_known,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tfrs_pipeline.features.kinds import features_of
+from tfrs_pipeline.search.history_bonus import HistoryBonus
 from tfrs_pipeline.search.queries import (
     CANDIDATE_FEATURES,
     QueryInputs,
@@ -25,11 +26,13 @@ class Parts:
         files: Their folder.
         stored: The users and items of the training.
         inputs: What the query tower reads, and how raw queries become that.
+        bonus: What is added to the scores of some items because of a history; None is nothing.
     """
 
     files: Path
     stored: Stored
     inputs: QueryInputs
+    bonus: HistoryBonus | None
 
     @classmethod
     def read(cls, files: Path, manifest: Mapping[str, Any]) -> Self:
@@ -43,7 +46,9 @@ class Parts:
             history_length=manifest["history_length"],
             reads_times=stored.reads_times,
         )
-        return cls(files, stored, inputs)
+        bonus = manifest["bonus"]
+        bonus = None if bonus is None else HistoryBonus.read(bonus, stored.graph)
+        return cls(files, stored, inputs, bonus)
 
     @cached_property
     def query_tower(self) -> Tower:

@@ -13,6 +13,7 @@ import numpy as np
 from tfrs_pipeline.data.ids import Ids, parse_id
 from tfrs_pipeline.retrieval import check_ids
 from tfrs_pipeline.samples.store import RowLists
+from tfrs_pipeline.search.item_graph import ItemGraph
 
 _SORTED, _ROWS, _BYTES, _OFFSETS = "sorted", "rows", "bytes", "offsets"
 _LISTS = "histories", "known", "disliked"
@@ -101,6 +102,7 @@ class Stored:
         users, items: Their ids.
         columns: Encoded features of the users by name, from row 1.
         reads_times: Whether histories have times.
+        graph: What people took near each item.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -110,6 +112,12 @@ class Stored:
         self._histories, self._known, self._disliked = (
             RowLists(read_array(folder, f"{name}_{_OFFSETS}"), read_array(folder, name))
             for name in _LISTS
+        )
+        self.graph = ItemGraph(
+            about["graph"],
+            RowLists(read_array(folder, f"graph_{_OFFSETS}"), read_array(folder, "graph_rows")),
+            read_array(folder, "graph_counts"),
+            read_array(folder, "graph_totals"),
         )
         self.reads_times = about["reads_times"]
         self._times = read_array(folder, _TIMES) if self.reads_times else None
@@ -127,6 +135,7 @@ class Stored:
         lists: Mapping[str, RowLists],
         times: np.ndarray | None,
         columns: Mapping[str, np.ndarray],
+        graph: ItemGraph,
     ) -> None:
         """Writes the files.
 
@@ -142,6 +151,10 @@ class Stored:
             write_array(folder, _TIMES, np.asarray(times, np.float64))
         for number, values in enumerate(columns.values()):
             write_array(folder, _COLUMN.format(number), values)
+        write_array(folder, f"graph_{_OFFSETS}", graph.neighbours.offsets)
+        write_array(folder, "graph_rows", graph.neighbours.values)
+        write_array(folder, "graph_counts", graph.counts)
+        write_array(folder, "graph_totals", graph.totals)
 
     def parse_id(self, text: str, of: Literal["user", "item"] = "item") -> Any:
         """Parses a typed id into the type of the model's ids, or raises a `ValueError`."""
