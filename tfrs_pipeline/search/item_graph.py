@@ -37,7 +37,7 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ItemGraph:
     """For each item, the neighbours of highest weight, and how often they were near it.
 
@@ -81,7 +81,7 @@ class ItemGraph:
         near = near.tocsr()
         totals = np.asarray(near.sum(axis=1), np.float32).ravel()
         rows = np.repeat(np.arange(num_items + 1), np.diff(near.indptr))
-        weights = _weights(near.data, totals[rows], totals[near.indices], nearness.alpha)
+        weights = weights_of(near.data, totals[rows], totals[near.indices], nearness.alpha)
         # By row, then by weight; of equal weights, the smaller row of a neighbour comes first.
         order = np.lexsort((near.indices, -weights, rows))
         rank = np.arange(len(order)) - near.indptr[rows[order]]
@@ -92,22 +92,26 @@ class ItemGraph:
 
     def of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the rows of an item's neighbours, [any] int32, and their weights, float32."""
-        start, end = self.neighbours.offsets[row : row + 2]
-        rows = self.neighbours.values[start:end]
+        rows, counts = self.counts_of(row)
         alpha = KINDS[self.kind].alpha
-        weights = _weights(self.counts[start:end], self.totals[row], self.totals[rows], alpha)
-        return rows, weights
+        return rows, weights_of(counts, self.totals[row], self.totals[rows], alpha)
+
+    def counts_of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the rows of an item's neighbours, [any] int32, and their counts, float32."""
+        start, end = self.neighbours.offsets[row : row + 2]
+        return self.neighbours.values[start:end], self.counts[start:end]
 
     def weights(self) -> np.ndarray:
         """Returns the weights of all neighbours, in the order of `neighbours`: [total] float32."""
         of_item = np.repeat(self.totals, np.diff(self.neighbours.offsets))
         of_neighbour = self.totals[self.neighbours.values]
-        return _weights(self.counts, of_item, of_neighbour, KINDS[self.kind].alpha)
+        return weights_of(self.counts, of_item, of_neighbour, KINDS[self.kind].alpha)
 
 
-def _weights(
+def weights_of(
     counts: np.ndarray, of_item: np.ndarray, of_neighbour: np.ndarray, alpha: float
 ) -> np.ndarray:
+    """Returns the weights of counts: [n] float32; see `Nearness`."""
     if alpha == 1:
         return counts / (of_item + np.float32(_SHRINKAGE))
     scale = (of_item + _SHRINKAGE) ** alpha * (of_neighbour + _SHRINKAGE) ** (1 - alpha)

@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tfrs_pipeline.search.searcher import Searcher
 from tfrs_pipeline.search.settings import Level, has_scann
 from tfrs_pipeline.service import publish
 from tfrs_pipeline.service.engine import Engine
+from tfrs_pipeline.service.live_graph import LiveGraph
 from tfrs_pipeline.service.live_items import Item, LiveItems, Store
 from tfrs_pipeline.service.parts import Parts
 from tfrs_pipeline.service.signatures import (
@@ -73,6 +75,7 @@ class LoadedRetriever:
             or "candidate".
         engine: Answers raw arrays: the path that all queries take.
         folder: The version's folder.
+        graph: What people took near each item until now.
         inputs: What the query tower reads, and how raw queries become that.
         item_filter: "name" and "values" of the column that requests may filter by, or None.
         manifest: The content of the version's `manifest.json`.
@@ -107,6 +110,9 @@ class LoadedRetriever:
         self.candidates = self._candidates(index.get("levels", ()))
         events = folder.parent if is_live and has_users else None
         self.users = Users(self.stored, self.manifest["exclude"], self.manifest, events)
+        self.graph = LiveGraph(self.stored.graph, self.users, self.stored.items)
+        if parts.bonus is not None:
+            parts = replace(parts, bonus=replace(parts.bonus, graph=self.graph))
         self.engine = Engine(parts, self.users, self.candidates, self.manifest)
         self._live: LiveItems | None = None
         if is_live:
@@ -325,7 +331,8 @@ class LoadedRetriever:
         return self.live.write(self.live.prepare(removed=item_ids))[1]
 
     def catch_up(self) -> None:
-        """Takes in the items that other processes have written since the last call or write."""
+        """Takes in items that other processes have written since the last call, and all clicks."""
+        self.graph.catch_up()
         if self._live is not None:
             self._live.catch_up()
 

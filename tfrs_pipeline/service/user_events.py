@@ -337,6 +337,26 @@ class Journal(Database):
             pass
         return self._watch.unreadable if self._watch else ""
 
+    def clicks_after(self, time_: int, arrival: int) -> tuple[dict[Any, set[tuple[Any, int]]], int]:
+        """Reads the clicks later than a time in milliseconds that came after another arrival.
+
+        Returns the item and the seconds since 1970 of each, by user, and the newest arrival. Takes
+        time in proportion to all events.
+        """
+        query = (
+            "SELECT user_id, item_id, time, arrival FROM events "
+            f"WHERE type = '{Stage.CLICKED.value}' AND time > ? AND arrival > ?"
+        )
+        clicks: dict[Any, set[tuple[Any, int]]] = {}
+        with contextlib.suppress(Damaged, StorageError), self._opened() as connection:
+            if connection is not None and _format_of(connection) == _FORMAT:
+                for user_id, item_id, milliseconds, arrived in connection.execute(
+                    query, (time_, arrival)
+                ):
+                    clicks.setdefault(user_id, set()).add((item_id, milliseconds // 1000))
+                    arrival = max(arrival, arrived)
+        return clicks, arrival
+
     def user_ids(self) -> list[Any]:
         """Reads the ids of all users who did something, ascending; integers come before text."""
         query = f"SELECT DISTINCT user_id FROM events WHERE type IN {_OF_USERS} ORDER BY user_id"
