@@ -10,7 +10,7 @@ import pytest
 
 from tests.small_log import column
 from tfrs_pipeline import DataError, Log, Reading
-from tfrs_pipeline.data.event_types import are_types, suggested
+from tfrs_pipeline.data.event_types import suggested
 
 WEIGHTS: dict[str, Any] = {"purchase": 5, "click": 1, "view": "exposed"}
 
@@ -109,26 +109,9 @@ def test_a_column_of_types_is_not_left_unread(load: Any, name: str) -> None:
     assert raised.value.setting == "event_weights"
     assert load(text, event_weights=WEIGHTS).counts()["events"]
     assert name in load(text, columns={name: name}).events.columns
-    named = shop().rename(columns={"event": "what"}).to_csv(index=False)
-    with pytest.raises(DataError, match="Add event=what to columns and set event_weights, such as"):
-        load(named)
     for other in ("click", range(400)):  # A log of clicks; something else.
         text = shop().assign(event=other).rename(columns={"event": name}).to_csv(index=False)
         assert f"columns not read: {name}" in load(text).notes[0]
-
-
-def test_only_values_that_name_events_are_taken_for_types() -> None:
-    for values in (
-        "view,addtocart,transaction",
-        "PageView,AddToCart,login",
-        "item-clicked,,purchased",
-    ):
-        assert are_types(values.split(","))
-    # Pages, layouts, placements, sort orders, campaigns; events that do not differ in value.
-    for values in ("product,category,cart,order", "view_item,home,cart", "grid_view,list_view"):
-        assert not are_types(values.split(","))
-    for values in ("also_viewed,also_bought", "order by date,order by price", "view,click", "buy"):
-        assert not are_types(values.split(","))
 
 
 def test_columns_that_are_lists_or_records_are_left_unread() -> None:

@@ -111,12 +111,11 @@ class Slices:
         numbers = tf.data.Dataset.range(self.first, self.first + self.count)
         return chosen.flat_map(lambda *element: numbers.map(lambda number: (*element, number)))
 
-    def take(self, number: tf.Tensor, batch: Batch) -> tuple[Batch, slice]:
+    def take(self, number: tf.Tensor, batch: Batch) -> Batch:
         """Takes a slice of a batch whose columns are not masked and corrected yet.
 
         It has some of the queries, with their positives and own hard negatives, and all shared
-        columns. Losses and gradients of the slices add up to those of the batch. Returns it, and
-        which of the batch's queries it has.
+        columns. Losses and gradients of the slices add up to those of the batch.
         """
         # Units (sequences, sets or single positives) are cut; `unit` is that of each positive.
         if batch.sequence_rows is not None:
@@ -145,8 +144,7 @@ class Slices:
         if batch.state is not None:
             part = part._replace(state=part.state - begin * num_states)
         whole = tf.stack([begin, num_units])
-        part = part._replace(dropout_slice=whole, total_weight=tf.reduce_sum(batch.weight))
-        return part, queries
+        return part._replace(dropout_slice=whole, total_weight=tf.reduce_sum(batch.weight))
 
 
 class Use(IntEnum):

@@ -1,13 +1,11 @@
 """The rows' own hard negatives, drawn from their samples' pools without masked candidates."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.batch import HardColumns, Use, seed_of
-from tfrs_pipeline.batches.masks import Never, is_member
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.messages import check_integer, sentence
 from tfrs_pipeline.negatives.log_q import hard_log_q
@@ -90,64 +88,65 @@ class HardDraws:
             raise DataError(f"{hard}: none of {len(samples):,} positives has a hard negative.")
         self._reasons = {name: reasons_in(name, hard) for name in self.pools}
 
-    def read(self, index: np.ndarray) -> dict[str, RowLists]:
-        """Gathers the candidates of samples, [n] int, in each pool."""
-        pools = {name: pool.take(index) for name, pool in self.pools.items()}
-        for name, lists in pools.items():
-            if self.pools[name].key is not None:
-                # Left out before the draw: if they were drawn and masked, the few columns left in a
-                # row would each weigh more, and so would a masked candidate's neighbours.
-                never = is_never(self._samples, index, lists, self._reasons[name])
-                pools[name] = lists.where(~never)
-        return pools
-
-    def draw(
-        self,
-        step: tf.Tensor,
-        pools: Mapping[str, tf.RaggedTensor],
-        candidate_row: tf.Tensor,
-        never: Never,
-    ) -> HardColumns:
-        """Draws for the [B] samples of a batch from their pools, [B, None] int32 each."""
-        rows, is_counted, num_left = [], [], []
-        for i, (name, pool) in enumerate(pools.items()):
-            seed = seed_of(self._seed, Use.HARD, step)
-            seed = tf.random.experimental.stateless_fold_in(seed, i)
-            drawn = draw_from_lists(pool, self._num, seed)
-            # A graph loses the static shape on the way, and the loss needs the rank.
-            drawn = tf.ensure_shape(drawn, [candidate_row.shape[0], self._num])
-            is_good = (drawn > 0) & (drawn != candidate_row[:, tf.newaxis])
-            for reason in self._reasons[name]:
-                is_good &= ~is_member(never[reason], drawn)
-            rows.append(drawn)
-            is_counted.append(is_good)
-            num_left.append(tf.math.count_nonzero(is_good, axis=1, dtype=tf.float32))
-        left = tf.stack(num_left, axis=1)
+    def draw(self, step: tf.Tensor, index: tf.Tensor) -> HardColumns:
+        """Draws for the samples of a batch, [B] int32."""
+        seed = seed_of(self._seed, Use.HARD, step)
+        starts = [
+            tf.random.stateless_uniform(
+                tf.shape(index), tf.random.experimental.stateless_fold_in(seed, i)
+            )
+            for i in range(len(self.pools))
+        ]
+        # In NumPy, because that does not copy mapped files.
+        rows, is_counted = tf.numpy_function(
+            self._draw, [index, *starts], [tf.int32, tf.bool], stateful=False
+        )
+        # The shapes are lost on the way, and the loss needs them.
+        num_pools = len(self.pools)
+        shape = [index.shape[0], num_pools * self._num]
+        rows, is_counted = (tf.ensure_shape(x, shape) for x in (rows, is_counted))
+        by_pool = tf.reshape(is_counted, [-1, num_pools, self._num])
+        left = tf.math.count_nonzero(by_pool, axis=2, dtype=tf.float32)
         log_q = hard_log_q(left, self.share, self._samples.num_possible_negatives)
         return HardColumns(
-            candidate_row=tf.concat(rows, axis=1),
-            log_q=tf.repeat(log_q, self._num, axis=1),
-            is_counted=tf.concat(is_counted, axis=1),
+            candidate_row=rows,
+            log_q=tf.ensure_shape(tf.repeat(log_q, self._num, axis=1), shape),
+            is_counted=is_counted,
             share=tf.where(tf.reduce_any(left > 0, axis=1), self.share, 0.0),
         )
 
+    def _draw(self, index: np.ndarray, *starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Draws from each pool, from its `starts`, [B] in [0, 1): rows and masks, [B, H] each."""
+        samples, rows, is_counted = self._samples, [], []
+        for (name, pool), start in zip(self.pools.items(), starts, strict=True):
+            reasons, lists = self._reasons[name], pool.take(index)
+            if pool.key is not None:
+                # Left out before the draw: if they were drawn and masked, the few columns left in a
+                # row would each weigh more, and so would a masked candidate's neighbours.
+                lists = lists.where(~is_never(samples, index, lists, reasons))
+            drawn = draw_from_lists(lists, self._num, start)
+            by_row = RowLists(np.arange(len(index) + 1) * self._num, drawn.ravel())
+            never = is_never(samples, index, by_row, reasons).reshape(drawn.shape)
+            rows.append(drawn)
+            is_counted.append((drawn > 0) & ~never)
+        return np.concatenate(rows, axis=1), np.concatenate(is_counted, axis=1)
 
-def draw_from_lists(lists: tf.RaggedTensor, num: int, seed: tf.Tensor) -> tf.Tensor:
+
+def draw_from_lists(lists: RowLists, num: int, start: np.ndarray) -> np.ndarray:
     """Draws `num` entries of each list, which is in random order; 0s if empty: [n, num] int32.
 
+    Takes consecutive entries from a random start, [n] float32 in [0, 1), wrapping around. Each
+    column is a uniform draw. Entries repeat only after all have come: their mean varies less than
+    with independent draws.
+
     Example:
-        >>> lists = RowLists.from_lists([np.array([4, 5, 6]), np.array([], int)])
-        >>> ragged = tf.RaggedTensor.from_row_splits(lists.values, lists.offsets)
-        >>> draw_from_lists(ragged, 4, tf.constant([0, 1])).numpy()
-        array([[4, 5, 6, 4],
+        >>> lists = RowLists.from_lists([[4, 5, 6], []])
+        >>> draw_from_lists(lists, 4, np.array([0.4, 0.9], np.float32))
+        array([[5, 6, 4, 5],
                [0, 0, 0, 0]], dtype=int32)
     """
-    # Takes consecutive entries from a random start, wrapping around. Each column is a uniform draw.
-    # Entries repeat only after all have come: their mean varies less than with independent draws.
-    lengths = lists.row_lengths()[:, tf.newaxis]
-    drawn = tf.random.stateless_uniform([tf.shape(lengths)[0], 1], seed)
-    start = tf.cast(drawn * tf.cast(lengths, tf.float32), tf.int64)
-    position = (start + tf.range(num, dtype=tf.int64)) % tf.maximum(lengths, 1)
-    position += lists.row_starts()[:, tf.newaxis]
-    padded = tf.concat([lists.values, [0]], axis=0)
-    return tf.where(lengths > 0, tf.gather(padded, position), 0)
+    lengths = np.diff(lists.offsets)[:, np.newaxis]
+    first = (start[:, np.newaxis] * lengths.astype(np.float32)).astype(np.int64)
+    position = (first + np.arange(num)) % np.maximum(lengths, 1) + lists.offsets[:-1, np.newaxis]
+    padded = np.append(lists.values, np.int32(0))
+    return np.where(lengths > 0, padded[position], 0)

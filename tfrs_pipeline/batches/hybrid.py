@@ -4,15 +4,15 @@ A batch is a function of (seed, step), with any parallelism, and a run can start
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tfrs_pipeline.batches.batch import Batch, Examples, Slices, Use, seed_of
 from tfrs_pipeline.batches.hard import HardDraws
-from tfrs_pipeline.batches.masks import Never, never_shared
+from tfrs_pipeline.batches.masks import contains
 from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.log_q import Mixture
 from tfrs_pipeline.negatives.samplers import HardNegatives, InBatch, Negatives, SamplingFrame
@@ -22,18 +22,6 @@ from tfrs_pipeline.samples.store import RowLists, Samples, positive_probability
 
 SAMPLES_PER_BLOCK = 1 << 20
 LISTS_PER_BLOCK = 1 << 16
-
-
-class _FromSamples(NamedTuple):
-    """What a batch reads from the samples: in NumPy, as tensors, or only the types of these.
-
-    A list of rows is `RowLists`, `tf.RaggedTensor` or `tf.RaggedTensorSpec`.
-    """
-
-    batch: Batch  # Without the columns, their log_q and masks.
-    slot: Any  # [W] which of the lists in `never` is a query's own.
-    never: Mapping[str, Any]  # Reason -> lists of candidates, one for each distinct query.
-    pools: Mapping[str, Any]  # Pool -> lists of hard negatives, one for each positive.
 
 
 class HybridBatches:
@@ -163,23 +151,23 @@ class HybridBatches:
         *,
         slices: Slices | None = None,
     ) -> Batch:
-        batch, slot, never, pools = in_graph(self._read, chosen, self._types)
+        batch = in_graph(self._read, chosen, self._types)
         # Each use has a seed of its own, so that one more draw does not change the others.
         shared = self._mixture.draw(batch.candidate_row, seed_of(self._seed, Use.SHARED, step))
         dropout_seed = seed_of(self._seed, Use.DROPOUT, step)
         batch = batch._replace(shared_row=shared, dropout_seed=dropout_seed)
         if self.hard is not None:
-            hard = self.hard.draw(step, pools, batch.candidate_row, _never_by_row(never, slot))
-            batch = batch._replace(hard=hard)
+            batch = batch._replace(hard=self.hard.draw(step, batch.index))
         if slices is not None:
             # Cut before the masks are made, which are much of the work.
-            batch, queries = slices.take(number, batch)
-            # Only the slice's queries need lists, so `slot` numbers these anew.
-            kept, slot = tf.unique(slot[queries])
-            never = _never_by_row(never, kept)
+            batch = slices.take(number, batch)
         share = None if batch.hard is None else batch.hard.share[:, tf.newaxis]
         columns = batch.shared_row
-        is_counted = tf.gather(~never_shared(never, columns), slot)
+        # In NumPy, because TensorFlow's search and scatter take four times as long.
+        is_counted = tf.numpy_function(
+            self._may_be_negative, [batch.query_row, columns], tf.bool, stateful=False
+        )
+        is_counted = tf.ensure_shape(is_counted, [batch.query_row.shape[0], columns.shape[0]])
         if self._is_later is not None:
             is_counted &= ~tf.gather(self._is_later, columns)
         if self.examples.has_one_positive:  # Others' positives are among their known ones.
@@ -187,35 +175,29 @@ class HybridBatches:
         log_q = self._mixture.log_q(columns[tf.newaxis, :], share)
         return batch._replace(log_q=log_q, is_counted=is_counted)
 
-    def _read(self, chosen: Any) -> _FromSamples:
+    def _read(self, chosen: Any) -> Batch:
         batch = self.examples.read(chosen)
         index = batch.index
         columns = self.samples.request_columns
         requests: Any = {name: column[index] for name, column in columns.items()} or None
-        # Each query is looked up once: one with very many events may fill much of a batch.
-        distinct, slot = np.unique(batch.query_row, return_inverse=True)
-        return _FromSamples(
-            batch._replace(weight=self._weights(index), requests=requests),
-            slot,
-            {reason: lists.take(distinct) for reason, lists in self.never.items()},
-            {} if self.hard is None else self.hard.read(index),
-        )
+        return batch._replace(weight=self._weights(index), requests=requests)
 
     @functools.cached_property
-    def _types(self) -> _FromSamples:
+    def _types(self) -> Batch:
         batch = self.examples.signature
         num = batch.index.shape[0]
         requests: Any = {
             name: tf.TensorSpec([num, *column.shape[1:]], column.dtype)
             for name, column in self.samples.request_columns.items()
         } or None
-        pools = () if self.hard is None else self.hard.pools
-        return _FromSamples(
-            batch._replace(weight=tf.TensorSpec([num], tf.float32), requests=requests),
-            tf.TensorSpec(batch.query_row.shape, tf.int64),
-            dict.fromkeys(self.never, tf.RaggedTensorSpec([None, None], tf.int32)),
-            dict.fromkeys(pools, tf.RaggedTensorSpec([num, None], tf.int32)),
-        )
+        return batch._replace(weight=tf.TensorSpec([num], tf.float32), requests=requests)
+
+    def _may_be_negative(self, query_rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Marks which columns, [C], are in no list of a query, [W]: [W, C] bool."""
+        # Each query is looked up once: one with very many events may fill much of a batch.
+        distinct, slot = np.unique(query_rows, return_inverse=True)
+        lists = [lists.take(distinct) for lists in self.never.values()]
+        return (~contains(columns, lists))[slot]
 
     def _weights(self, index: np.ndarray | slice) -> np.ndarray:
         weights = self.samples.weights[index]
@@ -264,17 +246,13 @@ def _pair_sum(lists: RowLists, key_weights: np.ndarray, value_weights: np.ndarra
     return total
 
 
-def _never_by_row(never: Never, slot: tf.Tensor) -> Never:
-    return {reason: tf.gather(lists, slot) for reason, lists in never.items()}
-
-
 def _blocks(num: int, size: int) -> Iterator[slice]:
     """Cuts samples, or lists of some size, into blocks that fit into memory."""
     for start in range(0, num, size):
         yield slice(start, min(start + size, num))
 
 
-def in_graph(read: Callable[[Any], _FromSamples], chosen: Any, types: _FromSamples) -> _FromSamples:
+def in_graph(read: Callable[[Any], Batch], chosen: Any, types: Batch) -> Batch:
     """Calls `read`, a function of NumPy, in a graph: takes the chosen tensors and returns tensors.
 
     In NumPy, because that does not copy mapped files. `types` are those of the result.
@@ -284,17 +262,13 @@ def in_graph(read: Callable[[Any], _FromSamples], chosen: Any, types: _FromSampl
 
     def call(*arrays: np.ndarray) -> list[np.ndarray]:
         parts = tf.nest.flatten(read(tf.nest.pack_sequence_as(chosen, arrays)))
-        # A ragged tensor travels as its values and its offsets, as in `expand_composites`.
-        pairs = (
-            [part.values, part.offsets] if isinstance(part, RowLists) else [part] for part in parts
-        )
-        return [array for pair in pairs for array in pair if array is not None]
+        return [array for array in parts if array is not None]
 
-    specs = tf.nest.flatten(types, expand_composites=True)
+    specs = tf.nest.flatten(types)
     dtypes = [spec.dtype for spec in specs if spec is not None]
     tensors = iter(tf.numpy_function(call, tf.nest.flatten(chosen), dtypes))
     # `numpy_function` loses the shapes, which the loss checks.
     shaped = [
         None if spec is None else tf.ensure_shape(next(tensors), spec.shape) for spec in specs
     ]
-    return tf.nest.pack_sequence_as(types, shaped, expand_composites=True)
+    return tf.nest.pack_sequence_as(types, shaped)

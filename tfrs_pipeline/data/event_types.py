@@ -1,6 +1,5 @@
-"""Types of events, such as view, click and purchase: how they look, and suggested weights."""
+"""Types of events, such as view, click and purchase: suggested weights."""
 
-import re
 from collections.abc import Iterable
 
 # Parts of usual names, and the suggested weight; the first part that fits counts.
@@ -12,21 +11,6 @@ _USUAL = {
     **dict.fromkeys(("click", "play", "open"), "1"),
     **dict.fromkeys(("view", "impression", "show", "expos", "pv"), "exposed"),
 }
-
-# Whole values, without what is not a letter. Either alone may be something else, such as a page.
-_LOOKS = re.compile(
-    r"(product|item|page|detail)?(view|click|impression)(s|ed)?(product|item|page)?"
-)
-_BUYS = re.compile(
-    r"(product|item)?(purchase[ds]?|buy|bought|transactions?|"
-    r"(add|remove)(e?d)?(to|from)?(cart|basket))"
-)
-
-
-def are_types(values: Iterable[str]) -> bool:
-    """Returns whether some value is a view or a click, and another one a purchase or the like."""
-    plain = [re.sub("[^a-z]", "", value.lower()) for value in values]
-    return all(any(map(words.fullmatch, plain)) for words in (_LOOKS, _BUYS))
 
 
 def suggested(types: Iterable[str]) -> str:

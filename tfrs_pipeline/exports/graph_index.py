@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.batches.masks import is_member
 from tfrs_pipeline.search.settings import Level
 
 # The files of an index as ScaNN saves it, in the order in which its operation takes them. An index
@@ -112,7 +111,7 @@ class ScannIndex(tf.Module):
         level = tf.searchsorted(widths[:, 0], [needed])[0]
         depth, *others = tf.unstack(widths[tf.minimum(level, len(self.levels) - 1)])
         rows, scores = self.approximate(queries, depth, *others)
-        scores = tf.where(is_member(_as_lists(excluded), rows), -np.inf, scores)
+        scores = tf.where(_is_member(_as_lists(excluded), rows), -np.inf, scores)
         top_scores, order = tf.math.top_k(scores, tf.minimum(k, depth))
         rows, scores = _filled_up(tf.gather(rows, order, batch_dims=1), top_scores, k)
         # Queries beyond the last level, and those left with too few candidates.
@@ -146,9 +145,9 @@ def search_with_bonuses(
     others = index.search(queries, k, tf.concat([excluded, worse], axis=1))
     vectors = tf.gather(index.embeddings, tf.maximum(rows - 1, 0))
     scores = tf.linalg.matvec(vectors, queries) + bonuses
-    is_open = (rows > 0) & ~is_member(_as_lists(excluded), rows)
+    is_open = (rows > 0) & ~_is_member(_as_lists(excluded), rows)
     # A candidate that the search found too counts with its bonus.
-    is_twice = is_member(_as_lists(rows), others[0])
+    is_twice = _is_member(_as_lists(rows), others[0])
     rows = tf.concat([tf.where(is_twice, 0, others[0]), rows], axis=1)
     scores = tf.concat(
         [tf.where(is_twice, -np.inf, others[1]), tf.where(is_open, scores, -np.inf)], axis=1
@@ -179,3 +178,16 @@ def _as_lists(rows: tf.Tensor) -> tf.RaggedTensor:
     """Turns [B, E] rows into a sorted list for each line, without 0s and repeats."""
     ordered = tf.sort(tf.pad(rows, [[0, 0], [1, 0]]))
     return tf.ragged.boolean_mask(ordered[:, 1:], ordered[:, 1:] > ordered[:, :-1])
+
+
+def _is_member(lists: tf.RaggedTensor, rows: tf.Tensor) -> tf.Tensor:
+    """Marks the entries of line i of `rows`, [n, m] int32, that are in sorted list i: [n, m]."""
+    # (list, value) pairs as one ascending sequence.
+    pairs = lists.value_rowids() * 2**32 + tf.cast(lists.values, tf.int64)
+    line = tf.range(tf.shape(rows, tf.int64)[0])[:, tf.newaxis]
+    keys = tf.reshape(line * 2**32 + tf.cast(rows, tf.int64), [-1])
+    position = tf.searchsorted(pairs, keys)
+    padded = tf.concat([pairs, [-1]], axis=0)
+    return tf.ensure_shape(
+        tf.reshape(tf.gather(padded, position) == keys, tf.shape(rows)), rows.shape
+    )

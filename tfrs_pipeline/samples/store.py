@@ -1,6 +1,5 @@
 """Samples, in memory or mapped from the files of `build_samples`."""
 
-import itertools
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -315,63 +314,44 @@ def read_raw(folder: Path, name: str) -> pa.ChunkedArray:
 def write_columns(folder: Path) -> list[Path]:
     """Copies the Parquet files of samples to a folder `columns`, to map; returns its files.
 
-    A column is `NAME.npy`; the offsets of lists are `of_NAME.npy`.
+    A column is `NAME.npy`; the offsets of lists are `of_NAME.npy`. One column is in memory at a
+    time.
     """
     # Parquet is compressed in pages, so a batch of scattered rows would unpack most of a file.
     columns = folder / "columns"
     shutil.rmtree(columns, ignore_errors=True)
     columns.mkdir()
 
-    def size(table: str) -> int:
-        return pq.read_metadata(folder / f"{table}.parquet").num_rows
+    def read(table: str, column: str) -> np.ndarray:
+        return pq.read_table(folder / f"{table}.parquet", columns=[column])[column].to_numpy()
 
-    def read(table: str, column: str) -> Iterator[np.ndarray]:
-        for batch in pq.ParquetFile(folder / f"{table}.parquet").iter_batches(columns=[column]):
-            if batch.num_rows:
-                yield batch[0].to_numpy()
+    def write(name: str, dtype: Any, values: np.ndarray) -> None:
+        np.save(columns / f"{name}.npy", values.astype(dtype, copy=False))
 
-    def write(name: str, dtype: Any, num_rows: int, blocks: Iterable[Any]) -> None:
-        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (num_rows,)}
-        with (columns / f"{name}.npy").open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for block in blocks:
-                file.write(np.ascontiguousarray(block, dtype).data)
+    num_queries = pq.read_metadata(folder / "queries.parquet").num_rows
 
     def write_starts(name: str, table: str) -> None:
         # Where the rows of each query begin in a table that is ordered by query.
-        num_before = np.zeros(size("queries") + 2, np.int64)
-        for rows in read(table, "query_row"):
-            # A block holds a range of queries, so only that slice changes.
-            num_before[rows[0] + 1 : rows[-1] + 2] += np.bincount(rows - rows[0])
-        np.save(columns / f"of_{name}.npy", np.cumsum(num_before))
+        lengths = np.bincount(read(table, "query_row"), minlength=num_queries + 1)
+        write(f"of_{name}", np.int64, offsets_of(lengths))
 
     names = pq.read_schema(folder / "samples.parquet").names
     for name, dtype in _FLAT.items():
         if name in names:
-            write(name, dtype, size("samples"), read("samples", name))
+            write(name, dtype, read("samples", name))
     write_starts("sequences", "samples")
     for name in ("known_positives", "exposed", "disliked"):
         if not (folder / f"{name}.parquet").exists():
             continue  # A log without dislikes.
-        write(name, np.int32, size(name), read(name, "candidate_row"))
+        write(name, np.int32, read(name, "candidate_row"))
         write_starts(name, name)
     for name in names:
         if name.startswith(_POOL_SIZE):
             pool = f"hard_{name.removeprefix(_POOL_SIZE)}"
-            write(pool, np.int32, size(pool), read(pool, "candidate_row"))
-            write(f"of_{pool}", np.int64, size("samples") + 1, _offsets(read("samples", name)))
-    write("counts", np.int64, size("corpus") + 1, itertools.chain([[0]], read("corpus", "count")))
+            write(pool, np.int32, read(pool, "candidate_row"))
+            write(f"of_{pool}", np.int64, offsets_of(read("samples", name)))
+    write("counts", np.int64, np.append(0, read("corpus", "count")))
     return sorted(columns.iterdir())
-
-
-def _offsets(lengths: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yields the offsets of lists, a block of their lengths at a time."""
-    last = np.zeros(1, np.int64)
-    yield last
-    for block in lengths:
-        offsets = last + np.cumsum(block, dtype=np.int64)
-        yield offsets
-        last = offsets[-1:]
 
 
 NO_POSITIVE = (
