@@ -100,8 +100,8 @@ def test_a_command_explains_itself(command: Any, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "other"),
     [
-        ("run", ("compare.", "summed")),
-        ("compare", ("export.", "warm_start", "recipes", "fixed", "members", "summed", "budget")),
+        ("run", ("compare.", "fixed")),
+        ("compare", ("export.", "warm_start", "recipes", "fixed", "members", "budget")),
     ],
 )
 def test_the_long_help_shows_every_setting_and_the_defaults_for_own_data(
@@ -135,7 +135,7 @@ def as_flags(config: RunConfig) -> list[str]:
     flags = []
     for name, field in settings(RunConfig):
         value: Any = functools.reduce(getattr, name.split("."), config)
-        if name.startswith(("compare.", "summed")):
+        if name.startswith(("compare.", "fixed")):
             continue
         name = name if "." in name else name.replace("_", "-")
         if field.annotation is bool:

@@ -17,7 +17,6 @@ from tfrs_pipeline.messages import beside, suggest, suggest_part
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, check_examples
 from tfrs_pipeline.presets import PRESETS, RecipeName
 from tfrs_pipeline.settings import (
-    HIDDEN,
     Config,
     ConfigError,
     Distinct,
@@ -137,32 +136,6 @@ class CompareConfig(Config):
     data; plans are compared seed by seed. A finished comparison can be given more."""
 
 
-class MemberConfig(Config):
-    """A model of a sum: its weight and its settings, by which it was trained in a race."""
-
-    weight: PositiveFloat
-    """What its score is multiplied by, in units of its spread over items."""
-    epochs: PositiveInt | None = None
-    """Epochs that it had in the race, by which its weight was chosen; None trains to its end."""
-    model: TwoTowerSettings
-    """Its settings, in place of the run's."""
-    training: TrainingSettings
-    """How it is trained."""
-
-
-class IalsConfig(Config):
-    """iALS in a sum: its weight and its settings. Each run fits it anew, in seconds."""
-
-    weight: PositiveFloat
-    """What its score is multiplied by, in units of its spread over items."""
-    num_factors: PositiveInt
-    """Size of its vectors."""
-    regularization: PositiveFloat
-    """L2 on the vectors of both sides."""
-    alpha: PositiveFloat
-    """Weight of a click, where no click has 1."""
-
-
 class RunConfig(Config):
     """All settings of a run."""
 
@@ -185,22 +158,16 @@ class RunConfig(Config):
     baselines, evaluation.exclude and evaluation.by, unless given, with a fifth of its epochs."""
     recipes: Annotated[Distinct[RecipeName], BeforeValidator(_or_none)] = ()
     """Recipes that race on validation. On your own log, all race unless a preset is given."""
-    fixed: Annotated[Distinct[str], BeforeValidator(_or_none), HIDDEN] = ()
-    """Settings, by dotted name, that no recipe changes: those of the flags and of the file."""
+    fixed: Distinct[str] = ()
+    """Settings, by dotted name, that neither a recipe nor the run of `warm_start` replaces: the
+    command line lists those of its flags, file and preset. Without any, a warm start replaces
+    none."""
     members: int = Field(5, ge=1)
     """Most models summed; 1 keeps the winner."""
-    summed: Annotated[dict[str, MemberConfig | IalsConfig], HIDDEN] = {}
-    """The models whose sum is exported, by recipe or `ials`: those that a race has chosen."""
     budget: Annotated[PositiveFloat, BeforeValidator(_read_duration)] = 600.0
     """CPU time of a race's epochs, such as 2h; the winner's last ones come on top."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random in the run."""
-
-    @property
-    def trained(self) -> dict[str, MemberConfig]:
-        """The members of the sum that are trained, which iALS is not."""
-        members = self.summed.items()
-        return {name: member for name, member in members if isinstance(member, MemberConfig)}
 
     def _problems(self) -> Iterator[tuple[str, str]]:
         data, model, training, export = self.data, self.model, self.training, self.export
@@ -256,12 +223,6 @@ class RunConfig(Config):
     def model_folder(self) -> Path:
         """Folder of the model's versions."""
         return self.export.directory / self.model_name
-
-
-def plan_settings(plan: RunConfig | MemberConfig) -> dict[str, Any]:
-    """Returns the settings of a model and of its training, by dotted name."""
-    tables = {"model": plan.model, "training": plan.training}
-    return {f"{table}.{name}": value for table, values in tables.items() for name, value in values}
 
 
 def movielens_config() -> RunConfig:

@@ -70,9 +70,6 @@ class Config(pydantic.BaseModel):
 
 T = TypeVar("T")
 
-HIDDEN = "hidden"
-"""Marks a setting, in `Annotated`, that the short help of the command line leaves out."""
-
 CHECKED = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 """Configuration of pydantic's dataclasses whose fields are checked as those of a `Config` are."""
 

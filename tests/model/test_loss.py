@@ -164,23 +164,6 @@ def test_the_weight_of_an_item_with_the_counts_of_the_batch_as_log_q(
         assert found == pytest.approx(weight, abs=5e-4)
 
 
-@pytest.mark.parametrize("with_probability", [False, True])
-def test_without_columns_of_its_own_a_call_is_the_parents(with_probability: bool) -> None:
-    """A model of TFRS keeps its calls, custom candidate sampling probability included."""
-    options: dict[str, Any] = {"sample_weight": WEIGHTS[:W], "compute_metrics": False}
-    options["score_mask"] = MASK | np.eye(W, C, dtype=bool)
-    if with_probability:
-        probability = np.linspace(1e-6, 1, C).astype(np.float32)
-        options["candidate_sampling_probability"] = tf.constant(probability)
-    assert issubclass(HybridRetrieval, tfrs.tasks.Retrieval)
-    ours, parents = (
-        value_and_gradients(lambda q, c, task=task: task(q, c, **options), QUERIES, COLUMNS)
-        for task in (HybridRetrieval(0.7), tfrs.tasks.Retrieval(temperature=0.7))
-    )
-    for got, expected in zip(ours, parents, strict=True):
-        np.testing.assert_array_equal(got, expected)
-
-
 def test_every_candidate_once_is_the_full_softmax() -> None:
     """n(c) = 1, so log_q = 0 and nothing is estimated."""
     logits = QUERIES @ COLUMNS.T / 0.5
@@ -283,11 +266,6 @@ def test_refusals() -> None:
     for options, message in wrong:
         with pytest.raises(ValueError, match=message):
             loss_of(**options)
-    with pytest.raises(ValueError, match="with negative_embeddings, pass log_q"):
-        loss_of(candidate_sampling_probability=tf.ones([C]))
-    for needs in ({"log_q": LOG_Q}, {"positive_query": tf.range(W)}, {"hard_embeddings": HARD}):
-        with pytest.raises(ValueError, match="need negative_embeddings"):
-            HybridRetrieval()(QUERIES, POSITIVES[:W], **needs)
     for temperature in (0.0, -0.1, np.nan):
         with pytest.raises(ValueError, match=f"above 0. Received: {temperature}"):
             HybridRetrieval(temperature)

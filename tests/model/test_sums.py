@@ -13,7 +13,7 @@ import pytest
 import tfrs_pipeline as tp
 from tests.model.conftest import make_log, untrained
 from tfrs_pipeline.evaluation.evaluate import Truth, measure_vectors
-from tfrs_pipeline.model import sums
+from tfrs_pipeline.model import fitted_model, sums
 from tfrs_pipeline.model.sums import (
     MIN_QUERIES,
     WEIGHTS,
@@ -389,7 +389,7 @@ def test_a_sum_has_a_repeat_bonus_of_its_own(
     _, validation, _ = LOG.split("last_n", validation=1, test=1)
     bonus = RepeatBonus(3.0, 0.5, 0.0)
     monkeypatch.setattr(
-        sums, "bonus_for", lambda *arguments: bonus if arguments[3] == "none" else None
+        fitted_model, "bonus_for", lambda *arguments: bonus if arguments[3] == "none" else None
     )
     model = tp.Sum(members).fit(None, validation, exclude="none")
     assert model.repeat_bonus == model.exportable().repeat_bonus == bonus

@@ -26,8 +26,8 @@ from tfrs_pipeline.run import training
 from tfrs_pipeline.run.folder import CONFIG_FILE, RunFolder
 from tfrs_pipeline.run.gate import IN_SERVICE, version_in_service
 from tfrs_pipeline.run.pipeline import RunResult, run
+from tfrs_pipeline.run.plans import ensemble_of, resolve_settings
 from tfrs_pipeline.run.training import split_in, trained_in
-from tfrs_pipeline.run.warm_start_settings import with_source
 from tfrs_pipeline.service.publish import MANIFEST_FILE, versions_of
 
 pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")
@@ -123,7 +123,7 @@ def test_a_run_starts_from_the_served_model(yesterday: RunResult, place: Path, w
     assert versions_of(model_folder(place)) == [1, 2]
     # The same if it is run again, when the newest version is its own.
     again = today(place, warm_start=model_folder(place))
-    assert with_source(again, RunFolder(result.folder)).warm_start == yesterday.folder
+    assert resolve_settings(again, RunFolder(result.folder)).warm_start == yesterday.folder
     # It begins where yesterday's training ended, and not at random.
     losses = [r.metrics["training"]["two_tower"]["history"]["loss"] for r in (yesterday, result)]
     assert losses[1][0] < losses[0][0]
@@ -349,27 +349,30 @@ def test_the_command_takes_the_settings_that_are_not_given_from_the_source(
     other = {"model.dim": 48, "training.learning_rate": 0.5, "training.max_epochs": 9}
     asked = today(place, warm_start=yesterday.folder, **other)
     theirs = RunFolder(yesterday.folder).settings()
-    got = with_source(asked, RunFolder(tmp_path), ["data", "training.max_epochs"])
+
+    def taken_from(config: RunConfig, folder: RunFolder, fixed: list[str]) -> RunConfig:
+        return resolve_settings(with_settings(config, {"fixed": fixed}), folder)
+
+    got = taken_from(asked, RunFolder(tmp_path), ["data", "training.max_epochs"])
     assert got.model == theirs.model
     assert got.training == theirs.training.model_copy(update={"max_epochs": 9})
     assert got.data == asked.data
     # The items that rankings exclude are those of the service that goes on.
     rules = {"evaluation.exclude": "none", "evaluation.by": "users"}
     differs = with_settings(asked, rules)
-    taken = with_source(differs, RunFolder(tmp_path), ["training.max_epochs"]).evaluation
+    taken = taken_from(differs, RunFolder(tmp_path), ["training.max_epochs"]).evaluation
     assert (taken.exclude, taken.by) == (theirs.evaluation.exclude, theirs.evaluation.by)
     assert (taken.exclude, taken.by) != ("none", "users")
-    kept = with_source(differs, RunFolder(tmp_path), [*rules, "training.max_epochs"]).evaluation
+    kept = taken_from(differs, RunFolder(tmp_path), [*rules, "training.max_epochs"]).evaluation
     assert (kept.exclude, kept.by) == ("none", "users")
     # The same command again, in the folder of the run that it has started.
     begun = RunFolder(Path(shutil.copytree(warm.result.folder, tmp_path / "begun")))
-    begun.race.mkdir()
-    begun.record_race(asked, with_settings(begun.settings(), {"training.max_epochs": 7}), {})
-    again = with_source(asked, begun, ["data"])
+    begun._write_settings(with_settings(begun.settings(), {"training.max_epochs": 7}))
+    again = taken_from(asked, begun, ["data"])
     assert (again.model, again.training.max_epochs) == (theirs.model, 7)
-    for given in (None, ["model.dim"], ["model"]):
+    for given in ([], ["model.dim"], ["model"]):
         with pytest.raises(ConfigError, match=r"model.dim: got 48"):
-            with_source(asked, RunFolder(tmp_path), given)
+            taken_from(asked, RunFolder(tmp_path), given)
 
 
 @pytest.mark.parametrize(("needed", "taken"), [(26, 6), (25, 5), (6, 2), (1, 2)])
@@ -384,15 +387,19 @@ def test_the_command_takes_a_fifth_of_the_epochs_that_the_source_needed(
     asked = today(place, warm_start=source.path, **{"training.max_epochs": 9})
 
     def epochs(config: RunConfig, *given: str, folder: str = "new") -> int:
-        return with_source(config, RunFolder(tmp_path / folder), given).training.max_epochs
+        config = with_settings(config, {"fixed": ["warm_start", *given]})
+        return resolve_settings(config, RunFolder(tmp_path / folder)).training.max_epochs
 
     assert epochs(asked) == taken
     for name in ("training", "training.max_epochs"):
         assert epochs(asked, name) == 9
-    assert with_source(asked, RunFolder(tmp_path / "new")).training.max_epochs == 9
+    assert resolve_settings(asked, RunFolder(tmp_path / "new")).training.max_epochs == 9
     # The next day, and the same run once it has begun.
     first = RunFolder(Path(shutil.copytree(source.path, tmp_path / "first")))
-    first._write_settings(with_source(asked, RunFolder(tmp_path / "new"), []))
+    known = with_settings(asked, {"fixed": ["warm_start"]})
+    first._write_settings(resolve_settings(known, RunFolder(tmp_path / "new")))
+    trained = ensemble_of(first.settings()).model_dump(mode="json")
+    write_record(first.metrics_file, {**metrics, "ensemble": trained})
     assert first.settings().training.max_epochs == taken
     assert epochs(today(place, warm_start=first.path)) == taken
     assert epochs(asked, folder="first") == taken
@@ -403,7 +410,7 @@ def test_what_cannot_be_started_from_is_said(
 ) -> None:
     def refused(path: Path) -> str:
         with pytest.raises(ConfigError) as error:
-            with_source(today(place, warm_start=path), RunFolder(tmp_path))
+            resolve_settings(today(place, warm_start=path), RunFolder(tmp_path))
         return str(error.value)
 
     assert "is neither a run's folder nor an exported model's" in refused(tmp_path / "nowhere")
@@ -426,13 +433,13 @@ def test_what_cannot_be_started_from_is_said(
     done = Path(shutil.copytree(warm.result.folder, tmp_path / "done"))
     again = today(place, warm_start=model_folder(place))
     model_folder(place).rename(tmp_path / "moved")
-    assert with_source(again, RunFolder(done)).warm_start == yesterday.folder
+    assert resolve_settings(again, RunFolder(done)).warm_start == yesterday.folder
     (tmp_path / "moved").rename(model_folder(place))
     half = Path(shutil.copytree(yesterday.folder, tmp_path / "half"))
     (half / "metrics.json").unlink()
     for read in (
         trained_in,
-        lambda path: with_source(today(place, warm_start=path), RunFolder(tmp_path)),
+        lambda path: resolve_settings(today(place, warm_start=path), RunFolder(tmp_path)),
     ):
         with pytest.raises(
             ValueError, match=r"holds no finished run: .* finish it with:  tfrs-pipe"

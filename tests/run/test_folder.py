@@ -128,7 +128,7 @@ def test_own_files_are_refused_and_left_alone(config: RunConfig, tmp_path: Path,
     assert [(path, path.read_text()) for path in files] == [(tmp_path / own, "seed = 3\n")]
 
 
-TRAININGS = ("checkpoints", "plans", "race/curves.json")
+TRAININGS = ("checkpoints", "plans", "curves.json")
 
 
 def fail(config: RunConfig, folder: Path, error: BaseException, *done: Path) -> None:
@@ -143,8 +143,7 @@ def test_only_a_stopped_run_leaves_a_folder(config: RunConfig, tmp_path: Path) -
     fail(config, folder, DataError("no column"), folder.parent / "another")
     assert list((tmp_path / "runs").iterdir()) == [folder.parent / "another"]
     folder.mkdir()  # The user's own folder.
-    # A race whose recipes have not trained has folders for them.
-    fail(config, folder, DataError("no column"), folder / "race" / "default")
+    fail(config, folder, DataError("no column"))
     assert list(folder.iterdir()) == []
     (folder / "notes.txt").touch()
     fail(config, folder, DataError("no column"))

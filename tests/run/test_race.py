@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import operator
 import re
 import sys
@@ -19,14 +18,14 @@ import tfrs_pipeline as tp
 from tests.small_log import NUM_ITEMS, Stopped, Watched, event_table, small_config, write
 from tfrs_pipeline.cli.flags import as_typed
 from tfrs_pipeline.data.settings import DataConfig
-from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.model.fit import Diverged
 from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run import race as race_module
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import RunResult, run, run_steps
+from tfrs_pipeline.run.plans import Plan, ensemble_in, resolve_settings
 from tfrs_pipeline.run.race import SHRINKAGES, planned, trainable_recipes
-from tfrs_pipeline.run.warm_start_settings import resolve_settings
+from tfrs_pipeline.run.race_rule import Turn
 
 pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")
 # Small settings, so that a race takes seconds; no recipe changes them.
@@ -58,24 +57,27 @@ def curves_of(result: RunResult) -> dict[str, list[float]]:
     return {name: curve["values"] for name, curve in result.metrics["race"]["recipes"].items()}
 
 
-def test_the_winner_is_trained_and_its_settings_are_the_runs(raced: Raced) -> None:
+def test_the_winner_is_trained_and_the_settings_stay_as_they_were(raced: Raced) -> None:
     config, result = raced
     curves = curves_of(result)
     best = max(curves, key=lambda name: max(curves[name]))
     assert result.metrics["race"]["winner"] == best
-    settled = RunFolder(result.folder).settings()
-    assert (settled.recipes, settled.fixed, settled.summed) == ((), (), {})
-    winners = planned(config, PRESETS[best])
-    assert (settled.model, settled.training) == (winners.model, winners.training)
+    assert RunFolder(result.folder).settings() == config
+    ensemble = ensemble_in(result.folder)
+    assert ensemble.weights == {best: 1.0}
+    plan = ensemble.plans[best]
+    assert plan == Plan.of(planned(config, PRESETS[best]), len(curves[best]))
+    settled = tp.with_settings(config, plan.settings)
     for name in GIVEN:
         value = operator.attrgetter(name)
         assert value(settled) == value(config), name
     # The winner's training in the race is the run's first training: no epoch was trained twice.
     history = result.metrics["training"]["two_tower"]["history"]
     assert history["val_ndcg@20"] == curves[best]
-    assert (result.folder / "checkpoints" / "two_tower" / "selection").is_dir()
-    kept_files = sorted(path.name for path in (result.folder / "race").iterdir())
-    assert kept_files == ["curves.json", "race.json"]
+    assert [path.name for path in (result.folder / "checkpoints").iterdir()] == [best]
+    # What serves it says by which settings it was trained.
+    manifest = tp.load(result.export_folder).manifest["config"]
+    assert tp.RunConfig(**manifest) == settled
     assert f"{best} won" in result.metrics["notes"]["race"][0]
 
 
@@ -89,13 +91,17 @@ def test_a_recipe_trains_in_a_race_as_it_trains_alone(raced: Raced, tmp_path: Pa
     assert trained["models"]["two_tower"] == result.metrics["models"]["two_tower"]
 
 
-def test_the_next_days_run_does_not_race(raced: Raced) -> None:
-    _, result = raced
-    settings = tp.load_config(result.folder / "config.toml")
-    today = tp.with_settings(settings, {"warm_start": result.folder, "split.test": 0.1})
+def test_the_next_days_run_starts_from_the_winner(raced: Raced, tmp_path: Path) -> None:
+    config, result = raced
+    (plan,) = ensemble_in(result.folder).plans.values()
+    changes = {"recipes": (), "warm_start": result.folder, "fixed": ["warm_start"]}
+    today = resolve_settings(tp.with_settings(config, changes), RunFolder(tmp_path))
     steps = [step.name for step in run_steps(today)]
     assert "train two_tower" in steps
     assert "race" not in steps
+    assert today.model == plan.model
+    # The race trained no uncorrected model.
+    assert "uncorrected" not in today.evaluation.baselines
     source = tp.trained_in(result.folder)
     assert source is not None
     assert source.settings == today.model
@@ -154,8 +160,6 @@ def test_a_budget_ends_the_race(tmp_path: Path) -> None:
     # It is told beforehand what that takes, which the budget does not bound.
     assert ("the winner trains on, at most about 10 CPU seconds: default", 3) in watched.tasks
     assert result.metrics["race"]["winner"] == "default"
-    # The winner's settings do not race, so they have no budget of their own.
-    assert RunFolder(result.folder).settings().budget == tp.RunConfig().budget
     assert result.metrics["race"]["budget"] == 0.001
     assert "sets: not trained before the budget ended" in result.metrics["race"]["lines"]
     assert len(result.metrics["training"]["two_tower"]["history"]["val_ndcg@20"]) == 3
@@ -354,12 +358,11 @@ def test_who_wins_by_a_shrinkage_trains_to_its_end(monkeypatch: pytest.MonkeyPat
         "last_share", validation=0.1, test=0.2
     )
 
-    def two_epochs(curves: Any, train: Any, budget: float) -> None:
-        for name in [*curves]:
-            train(name, 2, name)
+    def two_epochs(curves: Any, budget: float) -> Turn | bool:
+        return next((Turn(name, 2, name) for name in curves if not curves[name].values), False)
 
     times = itertools.count()
-    monkeypatch.setattr(race_module, "race_in_rungs", two_epochs)
+    monkeypatch.setattr(race_module, "next_turn", two_epochs)
     # Each measurement is better than the one before, so that the last recipe wins.
     later = lambda x, *_: np.full(len(x), float(next(times)))  # noqa: E731
     monkeypatch.setattr(race_module, "measure_vectors", later)
@@ -441,22 +444,7 @@ def test_what_a_race_in_python_refuses_before_samples_are_built(
         tp.race(train, train, recipes=["default"])
 
 
-def test_the_record_of_a_race_reads_back(raced: Raced) -> None:
-    config, result = raced
-    folder = RunFolder(result.folder)
-    record = read_record(folder.race_file)
-    assert tp.RunConfig(**record["asked"]) == config
-    assert record["race"] == json.loads(json.dumps(result.metrics["race"]))
-    assert resolve_settings(config, folder) == folder.settings()
-    # Settings that may change in a started run may also change here.
-    opened = tp.with_settings(config, {"export.gate": True})
-    assert resolve_settings(opened, folder).export.gate
-    other = tp.with_settings(config, {"seed": 9})
-    assert resolve_settings(other, folder) is other
-
-
 def test_the_same_command_again_goes_on_after_the_race(tmp_path: Path, command: Any) -> None:
-    """Its settings are the winner's by then, which do not race and have no budget."""
     write(event_table("int"), tmp_path / "events.parquet")
     asked = {"data.path": tmp_path / "events.parquet", "run-dir": tmp_path / "run", **GIVEN}
     asked |= {"training.max_epochs": 1, "evaluation.baselines": "popularity", **UNEXPORTED}
@@ -471,7 +459,7 @@ def test_the_same_command_again_goes_on_after_the_race(tmp_path: Path, command: 
     # A flag with the value that the setting had: then it decides nothing.
     assert command("run", "--run-dir", tmp_path / "run", "--seed", 0).code == 0
     over = command("run", "--run-dir", tmp_path / "run", "--budget", "8s")
-    assert "--budget: the race of this run is over: leave it out" in over.err
+    assert "other settings (budget: 9.0, now 8.0)" in over.err
     other = command("run", *flags, "--model.dim", "8")
     assert "other settings (model.dim: 4, now 8" in other.err
     # How to export may change; then the rest of the run is done.

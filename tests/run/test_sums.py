@@ -12,7 +12,7 @@ import tfrs_pipeline as tp
 from tests.run.test_race import GIVEN, config_in
 from tests.small_log import Stopped, Watched
 from tests.tracing import tracing_once
-from tfrs_pipeline.config import IalsConfig, RunConfig, with_settings
+from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.sums import Choice, FittedSum, Vectors
@@ -20,11 +20,11 @@ from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.report.facts import gather_facts, write_report
 from tfrs_pipeline.run import race, training
 from tfrs_pipeline.run.data import prepare
-from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.folder import MODEL, UNCORRECTED, RunFolder
 from tfrs_pipeline.run.pipeline import RunResult, run
+from tfrs_pipeline.run.plans import Plan, ensemble_in, models_of, resolve_settings
 from tfrs_pipeline.run.race import planned
-from tfrs_pipeline.run.training import check_trainings, ials_of, queries_of, variants
-from tfrs_pipeline.run.warm_start_settings import resolve_settings
+from tfrs_pipeline.run.training import check_trainings, queries_of
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -62,36 +62,29 @@ def shrunk(config: RunConfig, name: str) -> RunConfig:
 def test_a_run_exports_the_sum_of_its_race(summed: tuple[RunConfig, RunResult]) -> None:
     config, result = summed
     folder = RunFolder(result.folder)
-    settings = folder.settings()
-    first, other = settings.trained
-    assert list(settings.summed) == [first, other, "ials"]
-    assert [member.weight for member in settings.summed.values()] == [1.0, 0.3, 0.6]
-    baseline = tp.Ials(seed=settings.seed)
-    ials = settings.summed["ials"]
-    assert isinstance(ials, IalsConfig)
-    assert ials_of(settings, ials) == baseline
-    for name, member in settings.trained.items():
-        plan = shrunk(config, name)
-        assert (member.model, member.training) == (plan.model, plan.training)
-    winner = shrunk(config, first)
-    assert (settings.model, settings.training) == (winner.model, winner.training)
+    assert folder.settings() == config
+    ensemble, raced = ensemble_in(result.folder), result.metrics["race"]["recipes"]
+    first, other = ensemble.plans
+    assert ensemble.weights == {first: 1.0, other: 0.3, "ials": 0.6}
+    for name, plan in ensemble.plans.items():
+        assert plan == Plan.of(shrunk(config, name), len(raced[name]["values"]))
     # The best with its shrinkage, which is not that of the curves.
-    curves = {x: max(y["values"]) for x, y in result.metrics["race"]["recipes"].items()}
+    curves = {x: max(y["values"]) for x, y in raced.items()}
     assert first == "quick" != max(curves, key=lambda name: curves[name])
     assert "quick won" in result.metrics["notes"]["race"][0]
     # Both were trained in the race, and again on training and validation; no epoch was trained
     # twice.
     for name in (first, other):
-        trained = folder.training_folder(name)
+        trained = folder.checkpoints / name
         assert sorted(path.name for path in trained.iterdir()) == ["refit", "selection"]
         history = result.metrics["training"][name]["history"]["val_ndcg@20"]
-        assert history == result.metrics["race"]["recipes"][name]["values"]
+        assert history == raced[name]["values"]
     # The export answers as the sum of the members, read back one by one.
-    data = prepare(settings, result.folder)
+    data = prepare(config, result.folder)
     members = {name: tp.trained_in(result.folder, "refit", name) for name in (first, other)}
     # iALS too was fitted again to training and validation.
-    members["ials"] = FittedIals.fit(baseline, data.split.before_test)
-    queries = queries_of(settings, data.validation).queries
+    members["ials"] = FittedIals.fit(tp.Ials(seed=config.seed), data.split.before_test)
+    queries = queries_of(config, data.validation).queries
     again = FittedSum.of(members, {first: 1.0, other: 0.3, "ials": 0.6}, queries)
     requests = [{"history": [10, 20, 30]}, {"history": [400]}, {}]
     ids, scores = tp.load(result.export_folder).retrieve(requests, k=9)
@@ -120,16 +113,16 @@ def test_the_uncorrected_model_of_a_sum_is_its_first_member(
     summed: tuple[RunConfig, RunResult],
 ) -> None:
     """A member keeps its own settings, so the sum without the correction would be the sum."""
-    settings = RunFolder(summed[1].folder).settings()
-    named = with_settings(settings, {"evaluation.baselines": ["uncorrected", "ease"]})
-    models = variants(named)
-    assert list(models) == ["two_tower", "two_tower_uncorrected"]
-    assert models["two_tower"].summed == settings.summed
-    uncorrected = models["two_tower_uncorrected"]
-    assert uncorrected.summed == {}
-    first, *_ = settings.trained.values()
-    assert uncorrected.model == first.model.model_copy(update={"correction": "none"})
-    assert uncorrected.training == first.training
+    config, result = summed
+    named = with_settings(config, {"evaluation.baselines": ["uncorrected", "ease"]})
+    assert models_of(named) == [MODEL]  # It is not named by the user.
+    given = {"fixed": [*GIVEN, "evaluation.baselines"]}
+    assert models_of(with_settings(named, given)) == [MODEL, UNCORRECTED]
+    ensemble = ensemble_in(result.folder)
+    _, plan = ensemble.training(UNCORRECTED)
+    first, *_ = ensemble.plans.values()
+    assert plan.model == first.model.model_copy(update={"correction": "none"})
+    assert plan.training == first.training
 
 
 def test_the_next_days_sum_starts_from_each_member(
@@ -141,14 +134,13 @@ def test_the_next_days_sum_starts_from_each_member(
         {"recipes": (), "warm_start": result.folder, "split.test": 0.1, "export.gate": False},
     )
     folder = RunFolder(tmp_path / "today")
-    settings = resolve_settings(today, folder, list(GIVEN))
-    yesterday = RunFolder(result.folder).settings()
-    assert list(settings.summed) == list(yesterday.summed)
-    assert settings.summed["ials"] == yesterday.summed["ials"]
+    settings = resolve_settings(today, folder)
+    yesterday = ensemble_in(result.folder)
     trained = run(settings, folder.path)
-    assert list(trained.metrics["training"]) == ["two_tower", *yesterday.trained]
+    assert ensemble_in(folder.path).weights == yesterday.weights
+    assert list(trained.metrics["training"]) == ["two_tower", *yesterday.plans]
     assert "ials: fitted anew" in "".join(trained.metrics["notes"]["train two_tower"])
-    for name in yesterday.trained:
+    for name in yesterday.plans:
         notes = trained.metrics["notes"]["train two_tower"]
         assert f"{name}: started from {result.folder}" in notes
         epochs = len(trained.metrics["training"][name]["history"]["val_ndcg@20"])
@@ -159,8 +151,8 @@ def test_the_next_days_sum_starts_from_each_member(
     compared = []
     monkeypatch.setattr(training, "WarmStart", lambda *arguments: compared.append(arguments))
     check_trainings(settings, prepare(settings, folder.path).selection)
-    for (source, plan, *_), name in zip(compared, yesterday.trained, strict=True):
-        assert source.settings == plan.settings == yesterday.trained[name].model
+    for (source, plan, *_), name in zip(compared, yesterday.plans, strict=True):
+        assert source.settings == plan.settings == yesterday.plans[name].model
 
 
 def test_a_killed_sum_goes_on_and_ends_the_same(
@@ -168,7 +160,7 @@ def test_a_killed_sum_goes_on_and_ends_the_same(
 ) -> None:
     _, result = summed
     config = config_in(tmp_path, recipes=["sets", "quick"], members=5, **{"export.index": "none"})
-    _, other, ials = RunFolder(result.folder).settings().summed
+    _, other, ials = ensemble_in(result.folder).weights
     with tracing_once():
         for stop in ("chooses the sum", f"{other}, refit", ials):
             with pytest.raises(Stopped):

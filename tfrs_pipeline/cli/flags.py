@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from tfrs_pipeline.messages import suggest
-from tfrs_pipeline.settings import HIDDEN, Config, tables_in
+from tfrs_pipeline.settings import Config, tables_in
 
 _POSITIONAL = "positional"
 PositionalPath: TypeAlias = Annotated[Path, _POSITIONAL]
@@ -72,8 +72,7 @@ class _Parser(argparse.ArgumentParser):
             if inner := tables_in(table).get(name):
                 self.add_table(inner, brief, f"{setting}.")
                 continue
-            is_extra = brief is not None and (prefix or HIDDEN in field.metadata)
-            is_shown = not is_extra or setting in (brief or ())
+            is_shown = brief is None or not prefix or setting in brief
             # argparse fills in %(default)s and the like.
             about = explained(field).replace("%", "%%") if is_shown else argparse.SUPPRESS
             flag, options = _flag(setting, field)

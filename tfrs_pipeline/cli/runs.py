@@ -31,12 +31,9 @@ from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.messages import as_interrupts, beside
 from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
+from tfrs_pipeline.run.plans import resolve_settings
 from tfrs_pipeline.run.steps import RunContext, as_lines
-from tfrs_pipeline.run.warm_start_settings import resolve_settings
 from tfrs_pipeline.service.publish import NotPublished
-
-# Settings of the race itself, which its winner does not have.
-_OF_RACE = ("recipes", "fixed", "members", "budget")
 
 
 class Work(Command):
@@ -67,7 +64,7 @@ def _with_settings_but(excluded: Collection[str], doc: str) -> type[Command]:
 
 
 Run = _with_settings_but(
-    ["compare", "summed"],
+    ["compare", "fixed"],
     """Train, evaluate and export a model.
 
     Trains a two-tower model, compares it with baselines and exports it with its index. Without an
@@ -79,7 +76,7 @@ Run = _with_settings_but(
 )
 
 Compare = _with_settings_but(
-    ["export", "warm_start", "recipes", "fixed", "members", "summed", "budget"],
+    ["export", "warm_start", "recipes", "fixed", "members", "budget"],
     """Compare ways of choosing negatives on your data.
 
     Trains the same towers with one sampling plan after another, within the same budget, and shows
@@ -101,10 +98,8 @@ def train(command: str, given: Mapping[str, Any]) -> int:
     folder = flags.run_dir or Path("runs") / name
     place = RunFolder(folder)
     if is_run:
-        named = _named(config, flags, settings)
-        config = _with_recipes(config, flags, named)
         # Checked before a folder is made.
-        config = resolve_settings(config, place, None if flags.preset else named)
+        config = resolve_settings(_with_recipes(config, flags, settings), place)
     if (data := config.data).source == "files" and not place.holds_run():
         # Missing files are refused before slow imports.
         for path in filter(None, (data.path, data.items_path, data.users_path)):
@@ -147,8 +142,7 @@ def train(command: str, given: Mapping[str, Any]) -> int:
         print_comparison(console, result, folder)
         return 0
     if is_chief:
-        # A race has replaced the settings that the run began with.
-        print_result(console, place.settings(), result)
+        print_result(console, run.config, result)
     if result.refusal:
         raise NotPublished(result.refusal)
     return 0
@@ -201,7 +195,7 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     if flags.config:
         base = load_config(flags.config)
     elif folder and ((folder / CONFIG_FILE).exists() or not (names_data or holds_nothing)):
-        base = _begun_with(RunFolder(folder), settings, flags.preset)
+        base = RunFolder(folder).settings()
     elif settings.get("data.source") == "movielens-100k" or not names_data:
         base = movielens_config()
         if "genres" not in settings.get("data.item_features", ["genres"]):
@@ -212,47 +206,33 @@ def _config_of(flags: Work, settings: Mapping[str, Any]) -> RunConfig:
     return with_settings(base, settings, preset=flags.preset)
 
 
-def _begun_with(place: RunFolder, settings: Mapping[str, Any], preset: str | None) -> RunConfig:
-    """Returns the settings of a stopped run that flags may change.
+def _with_recipes(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -> RunConfig:
+    """Adds the recipes to race: all, if the log is the user's own and nothing chooses a model.
 
-    After a race, these are the winner's, unless the flags are those that it began with: the same
-    command again goes on with the run.
+    Also adds the names of the settings that recipes and a source leave alone: those of flags, file
+    and preset.
     """
-    kept, asked = place.settings(), place.settings_before_race()
-    if asked is None:
-        return kept
-    others = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
-    # A setting that was not given before would be given now, although its value is the same.
-    is_known = others.keys() <= {*asked.fixed, *_OF_RACE}
-    is_same = is_known and with_settings(asked, others, preset=preset) == asked
-    return with_settings(asked, {"export": kept.export.model_dump()}) if is_same else kept
-
-
-def _named(config: RunConfig, flags: Work, settings: Mapping[str, Any]) -> set[str]:
-    """Returns the names of the settings that are given: by flags, a file or a preset."""
-    in_file = set(config.fixed)
-    if flags.config:
-        in_file = set(flat_settings(tomllib.loads(flags.config.read_text(encoding="utf-8-sig"))))
-    return {*settings, *in_file, *(PRESETS[flags.preset].settings if flags.preset else ())}
-
-
-def _with_recipes(config: RunConfig, flags: Work, named: Collection[str]) -> RunConfig:
-    """Adds the recipes to race: all, if the log is the user's own and nothing chooses a model."""
-    # Without what may change in a started run: given again, it would change these settings.
-    fixed = {"fixed": sorted({*named} - {*_OF_RACE, *MAY_CHANGE})}
-    if config.recipes and "fixed" not in named:
-        return with_settings(config, fixed)
+    folder = None if flags.run_dir is None else RunFolder(flags.run_dir)
+    is_kept = folder is not None and folder.config_file.exists() and not flags.config
+    named = {*config.fixed}
+    if flags.config and not named:
+        text = flags.config.read_text(encoding="utf-8-sig")
+        named = set(flat_settings(tomllib.loads(text)))
+    named |= {*settings, *(PRESETS[flags.preset].settings if flags.preset else ())}
     is_demo = config.data.source == "movielens-100k"
-    is_begun = flags.run_dir is not None and (flags.run_dir / CONFIG_FILE).exists()
-    is_chosen = "recipes" in named or (is_begun and not flags.config)
-    if is_chosen or is_demo or flags.preset or config.warm_start is not None:
-        for name in ("budget", "members"):
-            if getattr(config, name) != getattr(RunConfig(), name) and not config.recipes:
-                if flags.run_dir and RunFolder(flags.run_dir).settings_before_race():
-                    raise UsageError(f"--{name}: the race of this run is over: leave it out")
-                raise UsageError(f"--{name}: nothing races here; name --recipes, or leave it out")
+    chooses = "recipes" in named or is_kept or is_demo or flags.preset or config.warm_start
+    if not (config.recipes or chooses):
+        config = with_settings(config, {"recipes": RECIPES})
+    for name in ("budget", "members"):
+        if not config.recipes and getattr(config, name) != getattr(RunConfig(), name):
+            raise UsageError(f"--{name}: nothing races here; name --recipes, or leave it out")
+    if not config.recipes and (flags.preset or config.warm_start is None):
         return config
-    return with_settings(config, {**fixed, "recipes": RECIPES})
+    # Without what may change in a started run, which has its names already.
+    fixed = tuple(sorted(named - {"recipes", "fixed", "members", "budget", *MAY_CHANGE}))
+    if folder is not None and this_worker().is_chief and folder.has_begun():
+        fixed = tuple(folder.settings().fixed)
+    return with_settings(config, {"fixed": fixed})
 
 
 def _make_log(run: RunContext) -> None:

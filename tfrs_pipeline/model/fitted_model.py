@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
-from tfrs_pipeline.model.tf_tables import tower_of
+from tfrs_pipeline.model.tf_tables import embed_corpus, tower_of
 from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries, check_requests
 from tfrs_pipeline.samples.latest_histories import disliked_rows, latest_histories, seen_rows
@@ -74,8 +74,93 @@ def query_encoder(network: TwoTowerNetwork, corpus: Corpus) -> QueryEncoder:
     return encoder_of(towers_of(network, corpus))
 
 
+class Fitted:
+    """A fitted model: a retriever to evaluate, to export, and to sum with others.
+
+    Attributes:
+        log: The log that it was fitted to, which an export needs; None for samples alone.
+        bonus: What is added to the scores of the items in a query's history, and of what people
+            took near them; None is nothing.
+    """
+
+    log: Log | None
+    bonus: HistoryBonus | None
+
+    @property
+    def towers(self) -> Exportable:
+        """The towers as an export has them, without what users did."""
+        raise NotImplementedError
+
+    @property
+    def first(self) -> Any:
+        """The model itself; of a sum, the first member, in a run the best alone."""
+        return self
+
+    @property
+    def query_ids(self) -> np.ndarray:
+        """[num_queries] user ids, in the order of the rows from 1."""
+        return self.towers.query_ids
+
+    @property
+    def candidate_ids(self) -> np.ndarray:
+        """[num_candidates] item ids, in the order of the rows from 1."""
+        return self.towers.candidate_ids
+
+    @functools.cached_property
+    def _encoder(self) -> QueryEncoder:
+        return encoder_of(self.towers)
+
+    def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
+        """Retrieves the k best candidates, exactly; see `Retriever` and `query_embeddings`."""
+        return self._retriever.retrieve(queries, k, exclude)
+
+    def query_embeddings(self, queries: Sequence[Query]) -> np.ndarray:
+        """Embeds queries (see `Query`), any key of which may be missing: [num_queries, D] float32.
+
+        Unknown users are embedded as new ones, and unknown items are dropped from the history. User
+        features are those of the log; an exported model also reads a query's `features`. Raises a
+        `ValueError` if a query has an unknown key, an id whose type is not the log's, or a misspelt
+        request feature; others that the model does not read are ignored.
+        """
+        check_queries(queries, ids_are_text=self.candidate_ids.dtype == object)
+        return self._encoder(queries)
+
+    def corpus_embeddings(self) -> np.ndarray:
+        """Embeds all candidates: [num_candidates, D] float32."""
+        return embed_corpus(self.towers.embed_candidates, len(self.candidate_ids))
+
+    @functools.cached_property
+    def _retriever(self) -> ScoreRetriever:
+        exact = ExactRetriever(self.candidate_ids, self.corpus_embeddings(), self._encoder)
+        return exact if self.bonus is None else self.bonus.added_to(exact)
+
+    def with_bonus(self, validation: Holdout, exclude: Exclude, seed: int) -> Self:
+        """Returns the model with the bonus that validation chooses, which may be none.
+
+        None is chosen if `training.history_bonus` is off; in a sum, that of the first member.
+        """
+        # The first member may be of another package.
+        training = getattr(self.first, "training", None) or TrainingSettings()
+        bonus = bonus_for(self, self.log, training, validation, exclude, seed)
+        model: Any = self  # Each subclass is a dataclass.
+        return self if bonus is None else dataclasses.replace(model, bonus=bonus)
+
+    def exportable(self) -> Exportable:
+        """Gathers what an export holds: the towers and the whole log, test part included.
+
+        Raises a `ValueError` if the model was fitted to samples without their log.
+        """
+        if self.log is None:
+            raise ValueError(
+                "The model was fitted to samples that name no log, so it knows no items."
+            )
+        # The graph of an export is that of the whole log.
+        bonus = self.bonus and dataclasses.replace(self.bonus, graph=None)
+        return dataclasses.replace(with_log(self.towers, self.log), bonus=bonus)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class FittedTwoTower:
+class FittedTwoTower(Fitted):
     """What `TwoTower.fit` returns: a retriever to evaluate, export, or start another training from.
 
     Attributes:
@@ -106,65 +191,18 @@ class FittedTwoTower:
         dim = self.settings.dim
         return f"FittedTwoTower(dim {dim}, {num_items:,} items, {num_users:,} users)"
 
-    @property
-    def query_ids(self) -> np.ndarray:
-        """[num_queries] user ids, in the order of the rows from 1."""
-        return self.corpus.query_ids.values
-
-    @property
-    def candidate_ids(self) -> np.ndarray:
-        """[num_candidates] item ids, in the order of the rows from 1."""
-        return self.corpus.candidate_ids.values
-
-    def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
-        """Retrieves the k best candidates, exactly; see `Retriever` and `query_embeddings`."""
-        return self._retriever.retrieve(queries, k, exclude)
-
-    def query_embeddings(self, queries: Sequence[Query]) -> np.ndarray:
-        """Embeds queries (see `Query`), any key of which may be missing: [num_queries, D] float32.
-
-        Unknown users are embedded as new ones, and unknown items are dropped from the history. User
-        features are those of the log; an exported model also reads a query's `features`. Raises a
-        `ValueError` if a query has an unknown key, an id whose type is not the log's, or a misspelt
-        request feature; others that the model does not read are ignored.
-        """
-        check_queries(queries, ids_are_text=self.corpus.candidate_ids.are_text)
-        return self.encoder(queries)
-
-    @property
+    @functools.cached_property
     def towers(self) -> Exportable:
         """The towers as an export has them; see `towers_of`."""
         return towers_of(self.network, self.corpus)
 
-    @functools.cached_property
-    def _retriever(self) -> ScoreRetriever:
-        exact = ExactRetriever(self.candidate_ids, self.corpus_embeddings(), self.encoder)
-        return exact if self.bonus is None else self.bonus.added_to(exact)
+    @property
+    def _encoder(self) -> QueryEncoder:
+        return self.encoder  # It has been traced by validation.
 
     def corpus_embeddings(self) -> np.ndarray:
         """Embeds all candidates: [num_candidates, D] float32."""
         return self.network.embed_corpus()
-
-    def with_bonus(self, validation: Holdout, exclude: Exclude, seed: int) -> Self:
-        """Returns the model with the bonus that validation chooses, which may be none.
-
-        None is chosen if `training.history_bonus` is off.
-        """
-        bonus = bonus_for(self, self.log, self.training, validation, exclude, seed)
-        return self if bonus is None else dataclasses.replace(self, bonus=bonus)
-
-    def exportable(self) -> Exportable:
-        """Gathers what an export holds: the towers and the whole log, test part included.
-
-        Raises a `ValueError` if the model was fitted to samples without their log.
-        """
-        if self.log is None:
-            raise ValueError(
-                "The model was fitted to samples that name no log, so it knows no items."
-            )
-        # The graph of an export is that of the whole log.
-        bonus = self.bonus and dataclasses.replace(self.bonus, graph=None)
-        return dataclasses.replace(with_log(self.towers, self.log), bonus=bonus)
 
 
 def with_log(towers: Exportable, log: Log) -> Exportable:

@@ -12,8 +12,9 @@ from tfrs_pipeline.evaluation.baselines import Ials
 from tfrs_pipeline.evaluation.interactions import Interactions
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.fitted_model import with_log
+from tfrs_pipeline.model.fitted_model import Fitted
 from tfrs_pipeline.model.tf_tables import stored
+from tfrs_pipeline.search.history_bonus import HistoryBonus
 
 # How many of the most recent items of a history count. As a baseline, iALS reads all.
 HISTORY_LENGTH = 200
@@ -44,7 +45,7 @@ def conjugate_gradients(matrices: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FittedIals:
+class FittedIals(Fitted):
     """An iALS model that can be summed and exported; `Ials.fit` returns one that only ranks.
 
     With the factors y_i of the items, the vector of a query whose history has the items h is
@@ -60,6 +61,7 @@ class FittedIals:
         settings: The settings of the factorization.
         log: The log that it was fitted to.
         vectors: [1 + num_items, D] float32, z of each candidate row; row 0 is 0.
+        bonus: As in `FittedTwoTower`.
 
     Example:
         `Sum` fits one::
@@ -70,6 +72,7 @@ class FittedIals:
     settings: Ials
     log: Log
     vectors: np.ndarray
+    bonus: HistoryBonus | None = None
 
     @classmethod
     def fit(cls, settings: Ials, train: Log | TrainingSet) -> "FittedIals":
@@ -117,7 +120,3 @@ class FittedIals:
             query_ids=users["user_id"].to_numpy(),
             history_length=HISTORY_LENGTH,
         )
-
-    def exportable(self) -> Exportable:
-        """Gathers what an export holds: the vectors and the whole log, test part included."""
-        return with_log(self.towers, self.log)

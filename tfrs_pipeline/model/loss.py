@@ -14,12 +14,11 @@ MASKED_LOGIT = np.finfo(np.float32).min / 100.0
 
 
 class HybridRetrieval(tfrs.tasks.Retrieval):
-    """`tfrs.tasks.Retrieval`, with the log_q of any mixture and each row's own columns.
+    """`tfrs.tasks.Retrieval` with the log_q of any mixture and each row's own columns.
 
-    With `negative_embeddings`, the loss of a positive is logsumexp(logits) - its logit, over its
-    own logit, those of the shared columns and those of its query's hard negatives. A logit is
-    score / temperature - log_q; the positive's own stays uncorrected (see `negatives/log_q.py`).
-    Without them, a call is one of the parent, so that this task can take its place in any model.
+    The loss of a positive is logsumexp(logits) - its logit, over its own logit, those of the shared
+    columns and those of its query's hard negatives. A logit is score / temperature - log_q; the
+    positive's own stays uncorrected (see `negatives/log_q.py`).
 
     The parent's `candidate_sampling_probability` is one number for each column, clipped to
     [1e-6, 1], and corrects the positive as well. Here `log_q` may differ by row and is never
@@ -27,9 +26,8 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
     B * B * H. A row may have several positives: each has a separate loss over the same negatives,
     which are scored once.
 
-    It computes in float32, for any precision of the embeddings and any Keras policy. With
-    `negative_embeddings` it has no metrics, because in-batch ones flatter collapsed embeddings. Use
-    `evaluate`.
+    It computes in float32, for any precision of the embeddings and any Keras policy. It has no
+    metrics, because in-batch ones flatter collapsed embeddings. Use `evaluate`.
 
     Args:
         temperature: Scores are divided by it; above 0. None is 1.
@@ -38,9 +36,8 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         query_embeddings: [W, D] float.
         candidate_embeddings: [P, D], the positives, one per query unless `positive_query` is given.
         sample_weight: [P] or [P, 1], optional.
-        candidate_sampling_probability: [P], as the parent reads it, in place of
-            `negative_embeddings` and `log_q`.
-        negative_embeddings: [C, D], the shared columns.
+        negative_embeddings: [C, D], the shared columns. In-batch, these are the positives, with a
+            `score_mask` that is False where a column holds the row's own positive.
         score_mask: [W, C] bool, True where a shared column counts. It must be False for columns
             that hold the row's own positive. None counts all.
         log_q: [W, C], [1, C] or [C], subtracted from the logits of the shared columns. A column
@@ -50,8 +47,6 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         hard_embeddings: [W, H, D], each row's own negatives.
         hard_log_q: [W, H], required with `hard_embeddings`; -inf as in `log_q`.
         hard_mask: [W, H] bool, True where a hard negative counts.
-        compute_metrics, compute_batch_metrics: As in the parent; ignored with
-            `negative_embeddings`.
 
     Raises:
         ValueError: If the temperature is not above 0. From a call, if shapes do not fit, or an
@@ -86,17 +81,14 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
         query_embeddings: tf.Tensor,
         candidate_embeddings: tf.Tensor,
         sample_weight: tf.Tensor | None = None,
-        candidate_sampling_probability: tf.Tensor | None = None,
         *,
-        negative_embeddings: tf.Tensor | None = None,
+        negative_embeddings: tf.Tensor,
         score_mask: tf.Tensor | None = None,
         log_q: tf.Tensor | None = None,
         positive_query: tf.Tensor | None = None,
         hard_embeddings: tf.Tensor | None = None,
         hard_log_q: tf.Tensor | None = None,
         hard_mask: tf.Tensor | None = None,
-        compute_metrics: bool = True,
-        compute_batch_metrics: bool = True,
     ) -> tf.Tensor:
         """Computes the summed loss of a batch; the class describes the arguments.
 
@@ -104,28 +96,6 @@ class HybridRetrieval(tfrs.tasks.Retrieval):
             Scalar, the weighted sum over positives of logsumexp(logits) - logit of the positive.
             The logits are those of the positive and of its query's negatives.
         """
-        if negative_embeddings is None:
-            ours = log_q, positive_query, hard_embeddings, hard_log_q, hard_mask
-            if any(argument is not None for argument in ours):
-                raise ValueError(
-                    "log_q, positive_query and hard negatives need negative_embeddings, the shared "
-                    "columns. In-batch, these are the positives, with a score_mask that is False "
-                    "where a column holds the row's own positive."
-                )
-            pair = _as_float32(query_embeddings, candidate_embeddings)
-            weights = sample_weight, candidate_sampling_probability
-            return super().call(
-                *pair,
-                *weights,
-                compute_metrics=compute_metrics,
-                compute_batch_metrics=compute_batch_metrics,
-                score_mask=score_mask,
-            )
-        if candidate_sampling_probability is not None:
-            raise ValueError(
-                "candidate_sampling_probability is the parent's form of the correction; with "
-                "negative_embeddings, pass log_q."
-            )
         queries, positives, negatives, hard = _as_float32(
             query_embeddings, candidate_embeddings, negative_embeddings, hard_embeddings
         )

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import quote
 
 import numpy as np
@@ -25,17 +25,14 @@ from tfrs_pipeline.evaluation.evaluate import Truth, measure_vectors
 from tfrs_pipeline.evaluation.metrics import Metric, metric_of
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.messages import check_integer
-from tfrs_pipeline.model.bonus_choice import bonus_for
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.model.fitted_model import FittedTwoTower, QueryEncoder, encoder_of
+from tfrs_pipeline.model.fitted_model import Fitted, FittedTwoTower, encoder_of
 from tfrs_pipeline.model.ials import FittedIals
-from tfrs_pipeline.model.settings import TrainingSettings
 from tfrs_pipeline.model.tf_tables import embed_corpus
 from tfrs_pipeline.model.two_tower import TwoTower
-from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, check_queries
+from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.search.history_bonus import HistoryBonus
-from tfrs_pipeline.search.topk import ExactRetriever, ScoreRetriever
 
 # What a further member's score may weigh, in units of its spread; the first has 1.
 WEIGHTS = (0.3, 0.6, 1.0)
@@ -179,19 +176,12 @@ def _as_float32(projection: Projection) -> Projection:
     return Projection(queries, candidates, projection.has_bias)
 
 
-class Member(Protocol):
-    """What can be summed: a `FittedTwoTower`, a `FittedIals`, or another model's `Exportable`."""
-
-    @property
-    def towers(self) -> Exportable:
-        """The towers, without what users did."""
-
-    def exportable(self) -> Exportable:
-        """Everything that an export holds."""
+Member: TypeAlias = Fitted | Exportable
+"""What can be summed: a fitted model, or another package's."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FittedSum:
+class FittedSum(Fitted):
     """The weighted sum of fitted models: a retriever to evaluate, to export, and to serve.
 
     Its vectors are the members', joined and perhaps rotated, so it is searched like one model. A
@@ -248,50 +238,6 @@ class FittedSum:
     def __repr__(self) -> str:
         parts = (f"{weight:g} {name}" for name, weight in self.weights.items())
         return f"FittedSum({' + '.join(parts)})"
-
-    @property
-    def query_ids(self) -> np.ndarray:
-        """[num_queries] user ids, in the order of the rows from 1."""
-        return self.towers.query_ids
-
-    @property
-    def candidate_ids(self) -> np.ndarray:
-        """[num_candidates] item ids, in the order of the rows from 1."""
-        return self.towers.candidate_ids
-
-    @functools.cached_property
-    def encoder(self) -> QueryEncoder:
-        """Embeds raw queries with all members."""
-        return encoder_of(self.towers)
-
-    def retrieve(self, queries: Sequence[Query], k: int, exclude: Excluded = None) -> Retrieved:
-        """Retrieves the k best candidates, exactly; see `Retriever` and `query_embeddings`."""
-        return self._retriever.retrieve(queries, k, exclude)
-
-    def query_embeddings(self, queries: Sequence[Query]) -> np.ndarray:
-        """Embeds queries: [num_queries, D] float32; see `FittedTwoTower.query_embeddings`."""
-        check_queries(queries, ids_are_text=self.candidate_ids.dtype == object)
-        return self.encoder(queries)
-
-    @functools.cached_property
-    def _retriever(self) -> ScoreRetriever:
-        exact = ExactRetriever(self.candidate_ids, self.corpus_embeddings(), self.encoder)
-        return exact if self.bonus is None else self.bonus.added_to(exact)
-
-    def corpus_embeddings(self) -> np.ndarray:
-        """Embeds all candidates with all members: [num_candidates, D] float32."""
-        return embed_corpus(self.towers.embed_candidates, len(self.candidate_ids))
-
-    def with_bonus(self, validation: Holdout, exclude: Exclude, seed: int) -> "FittedSum":
-        """Returns the sum with the bonus that validation chooses, which may be none.
-
-        The settings of the first member's training decide; see `FittedTwoTower.with_bonus`.
-        """
-        # The first member may be of another package.
-        training = getattr(self.first, "training", None) or TrainingSettings()
-        log = getattr(self.first, "log", None)
-        bonus = bonus_for(self, log, training, validation, exclude, seed)
-        return self if bonus is None else dataclasses.replace(self, bonus=bonus)
 
     def exportable(self) -> Exportable:
         """Gathers what an export holds: all members' towers, and the whole log."""

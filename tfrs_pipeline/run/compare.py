@@ -23,6 +23,7 @@ from tfrs_pipeline.evaluation.results import Evaluation, joined
 from tfrs_pipeline.messages import SILENT, Progress, check_integer, counted, suggest, written
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, TrainingSet
 from tfrs_pipeline.model.fit import TrainingResult
+from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.samplers import (
     FunnelLosers,
@@ -37,7 +38,7 @@ from tfrs_pipeline.run.folder import PLANS_FOLDER, RunFolder
 from tfrs_pipeline.run.measure import evaluate_all
 from tfrs_pipeline.run.race import forget_networks
 from tfrs_pipeline.run.steps import RunContext, Step
-from tfrs_pipeline.run.training import check_plan, plan_of, training_step
+from tfrs_pipeline.run.training import check_plan, plan_of, step_of_training, train_and_refit
 from tfrs_pipeline.settings import ConfigError
 
 Plan: TypeAlias = Mapping[str, Any]
@@ -193,7 +194,13 @@ def compare_claimed(run: RunContext) -> Comparison:
         # The data is the same for all seeds.
         planned = with_settings(config, {**plans[name], "seed": seed})
         label = _label(name, seed, len(seeds))
-        model = run.do([training_step(label, f"{PLANS_FOLDER}/{name}/seed-{seed}", planned)])
+        path = f"{PLANS_FOLDER}/{name}/seed-{seed}"
+
+        def train(run: RunContext, samples: RunData) -> FittedTwoTower:
+            kept: dict[str, Any] = {"folder": run.folder.path / path, "progress": run.progress}
+            return train_and_refit(planned, samples, name=label, **kept)
+
+        model = run.do([step_of_training(label, ("samples",), path, train)])
         del run.artifacts[label]  # One network at a time.
         return evaluate_all(config, {name: model}, data, run.progress), model.result
 

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ from tfrs_pipeline.settings import ConfigError
 
 CONFIG_FILE, METRICS_FILE, COMPARISON_FILE = "config.toml", "metrics.json", "comparison.json"
 DATA, SPLIT_FILE, SAMPLES = "data", "data/split.parquet", "samples"
-RACE, CHECKPOINTS, PLANS_FOLDER = "race", "checkpoints", "plans"
+CURVES_FILE, RACE_FILE = "curves.json", "race.json"
+CHECKPOINTS, PLANS_FOLDER = "checkpoints", "plans"
+# The names of a run's models in its results, and of their trainings.
+MODEL, UNCORRECTED = "two_tower", "two_tower_uncorrected"
 MAY_CHANGE = tuple(f"export.{name}" for name in ExportConfig.model_fields)
 """Settings of a started run that may change until something is exported; then only the gate."""
 
@@ -33,7 +36,8 @@ _REPLACED = (
     CONFIG_FILE,
     DATA,
     SAMPLES,
-    RACE,
+    CURVES_FILE,
+    RACE_FILE,
     PLANS_FOLDER,
     "native.log",
     "report.html",
@@ -50,25 +54,18 @@ class RunFolder:
     """The folder of a run or of a comparison, and what lies in it.
 
     `config_file` has the settings with their hash, `metrics_file` is the record of a finished run.
-    `samples` has a folder each for "selection" and "final", `checkpoints` one for each model.
-    `race` has the trainings of a race until it is decided, and `curves_file` their curves;
-    `race_file` is the record of a decided one, with the settings that it began with.
-    `left_out_file` records the baselines that failed.
+    `samples` has a folder each for "selection" and "final", `checkpoints` one for each model, and
+    during a race for each recipe. `curves_file` has the curves of a race so far, and `race_file` is
+    the record of a decided one. `left_out_file` records the baselines that failed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file, self.metrics_file = path / CONFIG_FILE, path / METRICS_FILE
         self.data, self.split = path / DATA, path / SPLIT_FILE
-        self.race, self.race_file = path / RACE, path / RACE / "race.json"
-        self.curves_file = self.race / "curves.json"
+        self.curves_file, self.race_file = path / CURVES_FILE, path / RACE_FILE
         self.left_out_file = path / "left_out.json"
         self.samples, self.checkpoints = path / SAMPLES, path / CHECKPOINTS
-
-    def training_folder(self, name: str) -> Path:
-        """Returns the folder of a model's trainings; that of a sum holds those of its members."""
-        member = self.checkpoints / "two_tower" / name
-        return member if member.is_dir() else self.checkpoints / name
 
     def holds_run(self) -> bool:
         """Returns whether there is a run or a comparison, or a remainder of one."""
@@ -100,9 +97,10 @@ class RunFolder:
 
     def trained_by(self) -> list[str]:
         """Identifies the training of the run's model by hashes of its epochs' records."""
-        epochs = (self.checkpoints / "two_tower").rglob("epoch-*.json")
+        epochs = self.checkpoints.glob("*/*/epoch-*.json")
+        own = (path for path in epochs if path.parts[-3] != UNCORRECTED)
         # The records hold times, so they differ between trainings, even with equal settings.
-        return sorted(map(durable.file_hash, epochs))
+        return sorted(map(durable.file_hash, own))
 
     def own_version(self, config: RunConfig) -> Path | None:
         """Returns the version that was exported from the run's training; None if there is none."""
@@ -132,17 +130,6 @@ class RunFolder:
             "--run-dir"
         )
         raise ConfigError([("", message)], str(path))
-
-    def settings_before_race(self) -> RunConfig | None:
-        """Reads the settings that a decided race began with; None if none was decided here."""
-        record = durable.read_whole(self.race_file)
-        return None if record is None else RunConfig(**record["asked"])
-
-    def record_race(self, config: RunConfig, winner: RunConfig, race: Mapping[str, Any]) -> None:
-        """Records a decided race, and replaces the settings by those of its winner and its sum."""
-        content = {"asked": config.model_dump(mode="json"), "race": dict(race)}
-        durable.write_record(self.race_file, content)
-        self._write_settings(winner)
 
     @contextlib.contextmanager
     def claim(self, config: RunConfig, *, is_run: bool) -> Iterator[None]:
@@ -181,8 +168,7 @@ class RunFolder:
                     yield
                 except ValueError:  # Refused input. After Ctrl-C or a crash, the run is resumed.
                     # Hours of trainings are kept, such as those before a model diverged.
-                    has_trained = self._has(CHECKPOINTS, PLANS_FOLDER) or self.curves_file.exists()
-                    if is_new and not has_trained:
+                    if is_new and not self._has(CHECKPOINTS, PLANS_FOLDER, CURVES_FILE):
                         shutil.rmtree(self.path, ignore_errors=True)
                         if was_there:
                             self.path.mkdir(exist_ok=True)
@@ -213,10 +199,7 @@ class RunFolder:
         allowed = (*(["export.gate"] if exported else MAY_CHANGE), "compare.seeds")
         refused = [name for name in changes if name not in allowed]
         if refused:
-            # `fixed` holds the names of settings that are compared themselves, so it is shown only
-            # if nothing else differs.
-            shown = [name for name in refused if name != "fixed"] or refused
-            lines = [f"{name}: {old.get(name)!r}, now {new.get(name)!r}" for name in shown]
+            lines = [f"{name}: {old.get(name)!r}, now {new.get(name)!r}" for name in refused]
             raise ValueError(
                 f"{self.path} holds a run with other settings ({'; '.join(lines)}). Choose another "
                 "folder with --run-dir, or leave these settings out to go on with this run."

@@ -14,7 +14,7 @@ from typing import Any
 
 from tfrs_pipeline import __version__
 from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.durable import read_record, read_whole, recorded_hashes, write_record
+from tfrs_pipeline.durable import read_record, recorded_hashes, write_record
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.exports.export import export_version
 from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
@@ -22,14 +22,14 @@ from tfrs_pipeline.model.distribution import chief_first, on_chief, training_str
 from tfrs_pipeline.model.fitted_model import excluding
 from tfrs_pipeline.model.sums import Model
 from tfrs_pipeline.run.data import RunData, data_steps
-from tfrs_pipeline.run.folder import CHECKPOINTS, METRICS_FILE, RunFolder, name_of_log
+from tfrs_pipeline.run.folder import METRICS_FILE, RunFolder, name_of_log
 from tfrs_pipeline.run.gate import pass_gate
 from tfrs_pipeline.run.measure import MeasuredBaselines, examples_of, measure, measure_baselines
+from tfrs_pipeline.run.plans import ensemble_of, models_of, resolve_settings
 from tfrs_pipeline.run.race import race_step
 from tfrs_pipeline.run.refresh import WRITING
 from tfrs_pipeline.run.steps import RunContext, Step
-from tfrs_pipeline.run.training import training_step, trainings_of, variants
-from tfrs_pipeline.run.warm_start_settings import resolve_settings
+from tfrs_pipeline.run.training import training_step, trainings_of
 from tfrs_pipeline.search.settings import search_of
 from tfrs_pipeline.service.publish import MANIFEST_FILE, NotPublished, versions_of
 from tfrs_pipeline.service.version import LIBRARIES, NUM_QUERIES, ExportOptions, describe_index
@@ -57,20 +57,19 @@ class RunResult:
         return None if written is None else Path(written)
 
 
-def run_steps(config: RunConfig, *, has_raced: bool = False) -> list[Step]:
+def run_steps(config: RunConfig) -> list[Step]:
     """Returns the steps of a run, in order: `run` does them, `--check` lists them, docs draw them.
 
-    With `has_raced`, the settings are those of a race's winner, and the race is read back. The
-    last step's file, metrics.json, marks a finished run.
+    The last step's file, metrics.json, marks a finished run.
     """
-    models, races = tuple(variants(config)), bool(config.recipes) or has_raced
+    models, races = tuple(models_of(config)), bool(config.recipes)
     judged = "samples", "baselines", "two_tower", "measured"
     every = ["samples", "baselines", "measured", "version", *models, *(["race"] if races else [])]
     by_chief: dict[str, Any] = {"workers": "chief"}
     return [
         *data_steps(),
         *([race_step()] if races else []),
-        *(training_step(name, f"{CHECKPOINTS}/{name}") for name in models),
+        *(training_step(name, races=races) for name in models),
         Step("baselines", ("samples",), "baselines", measure_baselines, **by_chief),
         Step("evaluate", ("samples", "baselines", *models), "measured", measure, **by_chief),
         Step("export", judged, "version", _export_best, VERSION, _read_exported, **by_chief),
@@ -107,8 +106,7 @@ def run_claimed(run: RunContext) -> RunResult:
     run.config = _of_chief(lambda: run.config)
     if (finished := chief_first(lambda: _read_result(run))) is not None:
         return finished
-    has_raced = on_chief(lambda: read_whole(run.folder.race_file) is not None)
-    run.do(run_steps(run.config, has_raced=has_raced))
+    run.do(run_steps(run.config))
     # Read back, because only the chief has made it.
     return RunResult(run.folder.path, run.folder.results())
 
@@ -143,7 +141,8 @@ def _write_metrics(
             "python": platform.python_version(),
             **{library: importlib.metadata.version(library) for library in LIBRARIES},
         },
-        **({} if race is None else {"race": race}),
+        "ensemble": ensemble_of(run.config, race).model_dump(mode="json"),
+        **({} if race is None else {"race": race["race"]}),
         **version,
         "left_out": baselines.not_measured,
         "false_negatives": {
@@ -222,7 +221,7 @@ def _export_best(
     If every baseline failed, the model is not exported. Returns the export's part of metrics.json.
     """
     config, folder, log = run.config, run.folder, samples.split.log
-    export = config.export
+    export, best = config.export, two_tower.first
     if export.index == "none":
         run.note("export.index is 'none': nothing is exported")
         return _NOT_EXPORTED
@@ -243,7 +242,10 @@ def _export_best(
         # would be those of a few. The first user is the manifest's example.
         queries=samples.test.sample(NUM_QUERIES, config.seed).as_queries(),
         manifest={
-            "config": config.model_dump(mode="json"),
+            # With the settings that a race may have found.
+            "config": config.model_copy(
+                update={"model": best.settings, "training": best.training}
+            ).model_dump(mode="json"),
             "run": str(folder.path.resolve()),
             "log": name_of_log(config.data),
             "data": {

@@ -8,18 +8,18 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.config import IalsConfig, MemberConfig, RunConfig, with_settings
+from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.held_out_queries import Holdout, check_holdout
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.durable import hold_to, read_record, read_whole, write_record
+from tfrs_pipeline.durable import hold_to, read_whole, write_record
+from tfrs_pipeline.evaluation.baselines import Ials
 from tfrs_pipeline.evaluation.bootstrap import Outcome, mean_interval
 from tfrs_pipeline.evaluation.evaluate import measure_vectors
 from tfrs_pipeline.evaluation.metrics import metric_of
@@ -32,16 +32,15 @@ from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.sums import Choice, FittedSum, Model, Vectors, choose, vectors_of
 from tfrs_pipeline.presets import PRESETS, RECIPES, Recipe
 from tfrs_pipeline.run.data import RunData
-from tfrs_pipeline.run.folder import RACE, RunFolder
-from tfrs_pipeline.run.rungs import Curve, in_cpu_time, race_in_rungs
+from tfrs_pipeline.run.folder import MODEL, RACE_FILE, RunFolder
+from tfrs_pipeline.run.plans import IALS, Ensemble, Plan
+from tfrs_pipeline.run.race_rule import Curve, Turn, in_cpu_time, next_turn
 from tfrs_pipeline.run.steps import RunContext, Step, give_back_memory
-from tfrs_pipeline.run.training import check_plan, ials_of, plan_of, queries_of, trains_winner_alone
+from tfrs_pipeline.run.training import check_plan, plan_of, queries_of
 from tfrs_pipeline.settings import ConfigError, refuse
 
 # Validation chooses from these values of `model.history_shrinkage`, or none, for each recipe.
 SHRINKAGES = (1.0, 4.0)
-# The name of iALS, which may join the sum although it does not race.
-IALS = "ials"
 
 
 def forget_networks() -> None:
@@ -80,6 +79,13 @@ class Race:
     def weights(self) -> Mapping[str, float]:
         """The weights of the recipes whose models are summed, the winner first; or its own, 1."""
         return {self.winner: 1.0} if self.choice is None else self.choice.weights
+
+    @property
+    def ensemble(self) -> Ensemble:
+        """What a run trains after the race, each member for as many epochs as it had there."""
+        epochs = {curve.name: len(curve.values) for curve in self.curves}
+        plans = {x: Plan.of(self.configs[x], epochs[x]) for x in self.weights if x != IALS}
+        return Ensemble(weights=self.weights, plans=plans)
 
     def lines(self) -> list[str]:
         """Describes the race in a line for each recipe, the winner first."""
@@ -208,6 +214,7 @@ def race(
         data = TrainingSet.build(train, path / "samples", seed=seed, hard=config.model.hard)
         run = RunContext(config, RunFolder(path), progress or written())
         racing = _Racing(run, entrants, data, validation)
+        racing.refuse_other_trainings()
         decided = racing.decide(math.inf if budget is None else config.budget)
         models = {name: racing.model(name) for name in decided.weights}
         model: Model = models[decided.winner]
@@ -215,6 +222,14 @@ def race(
             queries = queries_of(config, validation).queries
             model = FittedSum.of(models, decided.weights, queries)
         return model.with_bonus(validation, config.evaluation.exclude, seed), decided
+
+
+class _Chosen(NamedTuple):
+    """The shrinkage that validation chose for a recipe, its metric with it, and its vectors."""
+
+    shrinkage: float | None
+    value: float
+    vectors: Vectors
 
 
 class _Racing:
@@ -233,28 +248,29 @@ class _Racing:
         self._metric = run.config.training.monitor
         self._truth = queries_of(run.config, validation)
         self.configs, self.not_begun = trainable_recipes(run.config, data, entrants)
-        on_chief(self._refuse_other_trainings)
         self.curves = {
             name: Curve(name, num_left=config.training.max_epochs)
             for name, config in self.configs.items()
         }
         self.curves |= self._recorded_curves()  # Those of a race that was stopped.
-        # By recipe, once its epochs are over: the shrinkage that validation chose, its value of the
-        # metric, its vectors.
-        self._shrinkages: dict[str, float | None] = {}
-        self._values: dict[str, float] = {}
-        self._vectors: dict[str, Vectors] = {}
+        self._chosen: dict[str, _Chosen] = {}  # By recipe, once its epochs are over.
 
     def decide(self, budget: float) -> Race:
         """Races until the budget is spent, trains the winner to its end, and chooses the sum."""
-        was_cut = race_in_rungs(self.curves, self._train_in_turn, budget)
+        while isinstance(turn := next_turn(self.curves, budget), Turn):
+            self._train(turn)
         while True:  # Until the winner has trained to its end, where it may still diverge.
             for name, curve in self.curves.items():
-                if curve.values and not curve.failure and name not in self._values:
-                    self._choose_shrinkage(name)
-            curves = [*self.curves.values()]
-            decided = Race(curves, self._metric, self.not_begun, best_values=self._values)
-            winner = self.curves[decided.winner]
+                if curve.values and not curve.failure and name not in self._chosen:
+                    self._chosen[name] = self._choose_shrinkage(name)
+            race = Race(
+                [*self.curves.values()],
+                self._metric,
+                self.not_begun,
+                best_values={name: chosen.value for name, chosen in self._chosen.items()},
+                was_cut=turn,
+            )
+            winner = self.curves[race.winner]
             if winner.failure:  # All have diverged.
                 raise Diverged(f"{winner.name}: {winner.failure}")
             if not winner.num_left:
@@ -263,56 +279,56 @@ class _Racing:
             seconds = winner.num_left * winner.epoch_seconds
             most = f", at most about {in_cpu_time(seconds)}" if seconds else ""
             task = f"the winner trains on{most}: {winner.name}"
-            self._train_in_turn(winner.name, winner.num_epochs, task)
-            # Both are of fewer epochs; a single recipe has none, since it has not trained before.
-            self._values.pop(winner.name, None)
-            self._vectors.pop(winner.name, None)
-        for name, shrinkage in self._shrinkages.items():
-            chosen = {"model.history_shrinkage": shrinkage}
-            self.configs[name] = with_settings(self.configs[name], chosen)
-        choice = self._choose_sum(decided.winner) if self._run.config.members > 1 else None
-        return dataclasses.replace(decided, choice=choice, configs=self.configs, was_cut=was_cut)
+            self._train(Turn(winner.name, winner.num_epochs, task))
+            # It is of fewer epochs; a single recipe has none, since it has not trained before.
+            self._chosen.pop(winner.name, None)
+        for name, chosen in self._chosen.items():
+            shrinkage = {"model.history_shrinkage": chosen.shrinkage}
+            self.configs[name] = with_settings(self.configs[name], shrinkage)
+        choice = self._choose_sum(race.winner) if self._run.config.members > 1 else None
+        return dataclasses.replace(race, choice=choice, configs=self.configs)
 
     def model(self, name: str) -> Any:
         """Reads back the model of a recipe, as trained so far; fits iALS."""
         if name == IALS:
             self._run.progress.task(name, 0, 0)
-            return FittedIals.fit(ials_of(self._run.config), self._data)
-        return self._fit(name, len(self.curves[name].values), f"reads {name}")[0]
+            return FittedIals.fit(Ials(seed=self._run.config.seed), self._data)
+        return self._fit(Turn(name, len(self.curves[name].values), f"reads {name}"))[0]
 
-    def _folder_of(self, name: str) -> Path:
-        return self._run.folder.race / quote(name, safe=" ")  # A user's recipe may have any name.
-
-    def _refuse_other_trainings(self) -> None:
+    def refuse_other_trainings(self) -> None:
         """Refuses trainings of other settings, which a race in Python may find in its folder."""
         assert self._data.log is not None  # A race's samples come from a log.
         for name, config in self.configs.items():
-            kept = self._folder_of(name)
-            kept.mkdir(parents=True, exist_ok=True)
-            plan, exclude = plan_of(config, "two_tower"), config.evaluation.exclude
-            hold_to(kept / MADE_OF_FILE, plan.made_of(self._data.log, self._validation, exclude))
+            folder = self._folder_of(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            plan, exclude = plan_of(config, MODEL), config.evaluation.exclude
+            hold_to(folder / MADE_OF_FILE, plan.made_of(self._data.log, self._validation, exclude))
 
-    def _fit(self, name: str, num_epochs: int, task: str) -> tuple[FittedTwoTower, list[float]]:
+    def _folder_of(self, name: str) -> Path:
+        # Where a run then reads the training; a user's recipe may have any name.
+        return self._run.folder.checkpoints / quote(name, safe=" ") / "selection"
+
+    def _fit(self, turn: Turn) -> tuple[FittedTwoTower, list[float]]:
         """Trains a recipe up to a number of epochs; returns it, and the CPU clock at their ends."""
         forget_networks()
-        config, clock = self.configs[name], list[float]()
-        model = plan_of(config, "two_tower").fit_samples(
+        config, clock = self.configs[turn.name], list[float]()
+        model = plan_of(config, MODEL).fit_samples(
             self._data,
             self._validation,
-            max_epochs=num_epochs,
-            folder=self._folder_of(name),
+            max_epochs=turn.num_epochs,
+            folder=self._folder_of(turn.name),
             exclude=config.evaluation.exclude,
             cutoffs=config.evaluation.cutoffs,
             on_epoch=lambda so_far: clock.append(time.process_time()),
-            tell=lambda done, line: self._run.progress.task(task, done, num_epochs, line),
+            tell=lambda done, line: self._run.progress.task(turn.task, done, turn.num_epochs, line),
         )
         return model, clock
 
-    def _train_in_turn(self, name: str, num_epochs: int, task: str) -> None:
+    def _train(self, turn: Turn) -> None:
         """Trains a recipe and records its curve; one that diverges drops out."""
-        curve, training = self.curves[name], self.configs[name].training
+        curve, training = self.curves[turn.name], self.configs[turn.name].training
         try:
-            model, clock = self._fit(name, num_epochs, task)
+            model, clock = self._fit(turn)
         except Diverged as error:
             self._record(dataclasses.replace(curve, failure=f"dropped out. {error}"))
             return
@@ -322,7 +338,8 @@ class _Racing:
             seconds = float(np.median(timed)) if len(timed) else result.seconds / result.num_epochs
         is_over = result.num_waited >= training.patience
         num_left = 0 if is_over else training.max_epochs - result.num_epochs
-        self._record(Curve(name, result.history[f"val_{training.monitor}"], seconds, num_left))
+        values = result.history[f"val_{training.monitor}"]
+        self._record(Curve(turn.name, values, seconds, num_left))
 
     def _record(self, curve: Curve) -> None:
         self.curves[curve.name] = curve
@@ -336,7 +353,7 @@ class _Racing:
         curves = [Curve(**content) for content in record["curves"]]
         return {curve.name: curve for curve in curves if curve.name in self.configs}
 
-    def _choose_shrinkage(self, name: str) -> None:
+    def _choose_shrinkage(self, name: str) -> "_Chosen":
         """Chooses the best one, if it is better than none beyond the 95% interval."""
         truth, metric = self._truth, metric_of(self._metric)
         model, setting = self.model(name), self.configs[name].model.history_shrinkage
@@ -358,12 +375,13 @@ class _Racing:
             return shrinkage, float(np.nanmean(measured[shrinkage]))
 
         # One process decides, because others may round differently.
-        self._shrinkages[name], self._values[name] = on_chief(best)
-        self._vectors[name] = trials[self._shrinkages[name]]
+        shrinkage, value = on_chief(best)
+        return _Chosen(shrinkage, value, trials[shrinkage])
 
     def _choose_sum(self, winner: str) -> Choice:
         truth, metric = self._truth, metric_of(self._metric)
-        vectors = {**self._vectors, IALS: vectors_of(self.model(IALS), truth.queries, truth.items)}
+        vectors = {name: chosen.vectors for name, chosen in self._chosen.items()}
+        vectors[IALS] = vectors_of(self.model(IALS), truth.queries, truth.items)
         self._run.progress.task("chooses the sum", 0, 0)
         most = self._run.config.members
 
@@ -380,74 +398,39 @@ def _recipe_named(name: str) -> Recipe:
 
 
 def race_step() -> Step:
-    """Returns the step that races a run's recipes, and gives it the settings of winner and sum.
+    """Returns the step that races a run's recipes.
 
-    Its artifact is the entry of metrics.json (`Race.as_metrics`).
+    Its artifact is the record of the race: "race" has its entry of metrics.json (`Race.as_metrics`)
+    and "ensemble" what it found: the `Ensemble` that the run trains on. The trainings of its
+    members stay as their first ones; those of other recipes are removed.
     """
 
     def make(run: RunContext, samples: RunData) -> dict[str, Any]:
         entrants = [PRESETS[name] for name in run.config.recipes]
-        # The model's step reads the trainings back.
         racing = _Racing(run, entrants, samples.selection, samples.validation)
         race = racing.decide(run.config.budget)
-        record = {**race.as_metrics(), "budget": run.config.budget}
-        run.config = keep_winner(run.config, run.folder, race, record)
+        record = {
+            "race": {**race.as_metrics(), "budget": run.config.budget},
+            "ensemble": race.ensemble.model_dump(mode="json"),
+        }
+
+        def keep() -> None:
+            # Before the others are removed, since a race that is decided again would train them.
+            write_record(run.folder.race_file, record)
+            for name in racing.curves.keys() - race.weights.keys():
+                shutil.rmtree(run.folder.checkpoints / name, ignore_errors=True)
+
+        on_chief(keep)
         return record
 
     def read(run: RunContext, samples: RunData) -> dict[str, Any] | None:
-        if run.config.recipes:  # It is not decided: that replaces the settings.
-            return None
-        race: dict[str, Any] = on_chief(lambda: read_record(run.folder.race_file)["race"])
-        return race
+        record: dict[str, Any] | None = on_chief(lambda: read_whole(run.folder.race_file))
+        return record
 
-    lines = itemgetter("lines")
-    return Step("race", ("samples",), "race", make, f"{RACE}/", read, lines, workers="all")
+    def lines(record: dict[str, Any]) -> list[str]:
+        return list(record["race"]["lines"])
 
-
-def keep_winner(
-    config: RunConfig, folder: RunFolder, decided: Race, record: Mapping[str, Any]
-) -> RunConfig:
-    """Makes the chosen trainings the first ones of the run; returns the winner's settings.
-
-    These have the members of the sum, if one was chosen, and no recipes, so that they do not race
-    again. The other recipes' checkpoints are removed, and the race is recorded.
-    """
-    raced = ("recipes", "fixed", "members", "budget")
-    changed: dict[str, Any] = {name: getattr(RunConfig(), name) for name in raced}
-    summed: dict[str, MemberConfig | IalsConfig] = {}
-    if len(decided.weights) > 1:
-        epochs = {curve.name: len(curve.values) for curve in decided.curves}
-        for name, weight in decided.weights.items():
-            if name == IALS:
-                ials = ials_of(config)
-                kept = IalsConfig.model_fields.keys() - {"weight"}
-                fitted = {setting: getattr(ials, setting) for setting in kept}
-                summed[name] = IalsConfig(weight=weight, **fitted)
-                continue
-            plan = decided.configs[name]
-            summed[name] = MemberConfig(
-                weight=weight, epochs=epochs[name], model=plan.model, training=plan.training
-            )
-    changed["summed"] = summed
-    if trains_winner_alone(config):
-        named = config.evaluation.baselines
-        changed["evaluation.baselines"] = tuple(name for name in named if name != "uncorrected")
-    winner_config = with_settings(decided.configs[decided.winner], changed)
-
-    def move() -> None:
-        for name in decided.weights:
-            path = folder.checkpoints / "two_tower" / (name if summed else "") / "selection"
-            if (folder.race / name).is_dir() and not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                (folder.race / name).rename(path)
-        # After the moves, because its record makes a resumed run skip the race; before the others
-        # are removed, because a race that is decided again would train these anew.
-        folder.record_race(config, winner_config, record)
-        for curve in decided.curves:
-            shutil.rmtree(folder.race / curve.name, ignore_errors=True)
-
-    on_chief(move)
-    return winner_config
+    return Step("race", ("samples",), "race", make, RACE_FILE, read, lines, workers="all")
 
 
 def planned(config: RunConfig, recipe: Recipe) -> RunConfig:
@@ -468,7 +451,7 @@ def trainable_recipes(
     for recipe in entrants or [PRESETS[name] for name in config.recipes]:
         try:
             settings = planned(config, recipe)
-            check_plan(plan_of(settings, "two_tower"), data)
+            check_plan(plan_of(settings, MODEL), data)
             if same := [name for name, other in configs.items() if other == settings]:
                 raise ValueError(f"your settings make it equal to {same[0]}")
             configs[recipe.name] = settings

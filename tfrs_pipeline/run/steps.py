@@ -111,11 +111,7 @@ class Runner:
 
 
 class RunContext(Runner):
-    """Runs the steps of a run or a comparison, which share its settings and its folder.
-
-    A race replaces `config` by the winner's settings. So a step reads it when it begins, not when
-    the list is made.
-    """
+    """Runs the steps of a run or a comparison, which share its settings and its folder."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, progress: Progress = SILENT) -> None:
         super().__init__(progress)

@@ -1,12 +1,12 @@
 """The trainings of a run: made, read back, and used as a start by another run."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from tfrs_pipeline.config import IalsConfig, RunConfig, plan_settings, with_settings
+from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.data.held_out_queries import Holdout
 from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import read_record
@@ -25,7 +25,15 @@ from tfrs_pipeline.model.sums import FittedSum, Member, Model
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import WarmStart
 from tfrs_pipeline.run.data import RunData
-from tfrs_pipeline.run.folder import RunFolder
+from tfrs_pipeline.run.folder import CHECKPOINTS, MODEL, RunFolder
+from tfrs_pipeline.run.plans import (
+    IALS,
+    Ensemble,
+    ensemble_in,
+    ensemble_of,
+    models_of,
+    training_in,
+)
 from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.search.history_bonus import HistoryBonus
 
@@ -33,23 +41,36 @@ Training: TypeAlias = Literal["selection", "refit"]
 AnyModel = TypeVar("AnyModel", FittedTwoTower, FittedSum)
 
 
-def training_step(name: str, path: str, config: RunConfig | None = None) -> Step:
-    """Returns the step that trains a model, kept at a path in the folder of the run.
+def training_step(name: str, *, races: bool) -> Step:
+    """Returns the step that trains a model of a run, after its race if there is one."""
 
-    The settings are `config`, or else those of the run's variant of this name. The training resumes
-    after the last whole epoch there, which may be that of the refit.
+    def make(run: RunContext, samples: RunData, race: Mapping[str, Any] | None = None) -> Model:
+        ensemble, folder = ensemble_of(run.config, race), run.folder.checkpoints
+        if name == MODEL and ensemble.is_sum:
+            return train_sum(run.config, ensemble, samples, folder=folder, progress=run.progress)
+        path, plan = ensemble.training(name)
+        return train_and_refit(
+            with_settings(run.config, plan.settings),
+            samples,
+            name=name,
+            folder=folder / path,
+            progress=run.progress,
+            max_epochs=plan.epochs,
+        )
+
+    reads, path = ("samples", "race") if races else ("samples",), "" if races else name
+    return step_of_training(name, reads, f"{CHECKPOINTS}/{path}", make)
+
+
+def step_of_training(
+    name: str, reads: tuple[str, ...], path: str, make: Callable[..., Model]
+) -> Step:
+    """Returns a step that trains a model, kept at a path in the folder of the run.
+
+    The training resumes after the last whole epoch there, which may be that of the refit.
     """
-
-    def make(run: RunContext, samples: RunData) -> Model:
-        settings = config or variants(run.config)[name]
-        folder, progress = run.folder.path / path, run.progress
-        if settings.summed:
-            return train_sum(settings, samples, folder=folder, progress=progress)
-        return train_and_refit(settings, samples, name=name, folder=folder, progress=progress)
-
-    return Step(
-        f"train {name}", ("samples",), name, make, path, describe=attrgetter("notes"), workers="all"
-    )
+    notes = attrgetter("notes")
+    return Step(f"train {name}", reads, name, make, path, describe=notes, workers="all")
 
 
 def check_plan(plan: TwoTower, data: TrainingSet) -> None:
@@ -64,11 +85,9 @@ def check_plan(plan: TwoTower, data: TrainingSet) -> None:
 
 def check_trainings(config: RunConfig, data: TrainingSet) -> None:
     """Refuses what the trainings of a run without a race would refuse, warm starts included."""
-    models = {name: member_config(config, name) for name in config.trained}
-    # A sum trains its members alone.
-    models |= {name: model for name, model in variants(config).items() if not model.summed}
-    for name, settings in models.items():
-        plan = plan_of(settings, name)
+    ensemble, (model, *others) = ensemble_of(config), models_of(config)
+    for name in (*(ensemble.plans if ensemble.is_sum else [model]), *others):
+        plan = plan_of(with_settings(config, ensemble.training(name)[1].settings), name)
         check_plan(plan, data)
         if config.warm_start and (source := trained_in(config.warm_start, "selection", name)):
             WarmStart(source, plan, plan.training, data.corpus)
@@ -144,7 +163,12 @@ def _with_bonus(model: AnyModel, bonus: HistoryBonus | None, split: Split) -> An
 
 
 def train_sum(
-    config: RunConfig, data: RunData, *, folder: Path, progress: Progress = SILENT
+    config: RunConfig,
+    ensemble: Ensemble,
+    data: RunData,
+    *,
+    folder: Path,
+    progress: Progress = SILENT,
 ) -> FittedSum:
     """Trains each member of a sum as `train_and_refit` does, and sums them.
 
@@ -152,31 +176,31 @@ def train_sum(
     its weight; iALS is fitted anew. The queries of validation give the scales and the rotation of
     the sum.
     """
-    weights = {name: member.weight for name, member in config.summed.items()}
     queries = queries_of(config, data.validation).queries
 
     def fit(data: RunData, *, is_tested: bool) -> FittedSum:
         members: dict[str, Member] = {}
         notes: list[str] = []
-        for name, member in config.summed.items():
-            if isinstance(member, IalsConfig):
+        for name in ensemble.weights:
+            if name == IALS:
                 progress.task(name, 0, 0)
-                members[name] = FittedIals.fit(ials_of(config, member), data.final)
+                members[name] = FittedIals.fit(Ials(seed=config.seed), data.final)
                 notes.append(f"{name}: fitted anew; an item without a positive has the vector 0")
                 continue
+            plan = ensemble.plans[name]
             members[name] = model = train_and_refit(
-                member_config(config, name),
+                with_settings(config, plan.settings),
                 data,
                 name=name,
                 folder=folder / name,
                 progress=progress,
-                max_epochs=member.epochs,
+                max_epochs=plan.epochs,
                 # That of the first is for the test of it alone.
                 has_bonus=is_tested and not members,
             )
             of_bonus = () if model.bonus is None else model.bonus.notes
             notes += [f"{name}: {note}" for note in model.notes if note not in of_bonus]
-        return dataclasses.replace(FittedSum.of(members, weights, queries), notes=notes)
+        return dataclasses.replace(FittedSum.of(members, ensemble.weights, queries), notes=notes)
 
     # The sum of the first trainings, which have not seen validation, chooses the bonus.
     selection = dataclasses.replace(data, final=data.selection)
@@ -193,39 +217,11 @@ def queries_of(config: RunConfig, validation: Holdout) -> Truth:
     return Truth.of(sample, config.evaluation.exclude)
 
 
-def ials_of(config: RunConfig, member: IalsConfig | None = None) -> Ials:
-    """Returns the iALS model of a sum; if it is not a member yet, that of the baseline."""
-    settings = {} if member is None else member.model_dump(exclude={"weight"})
-    return Ials(**settings, seed=config.seed)
-
-
-def member_config(config: RunConfig, name: str) -> RunConfig:
-    """Returns the settings of a run that trains a member of the sum alone."""
-    return with_settings(config, {"summed": {}, **plan_settings(config.trained[name])})
-
-
 def trainings_of(name: str, model: Model) -> dict[str, Any]:
     """Returns the trainings behind a model by name: its own, and those of the members of a sum."""
     members = model.members.items() if isinstance(model, FittedSum) else ()
     trained = {member: x for member, x in members if not isinstance(x, FittedIals)}
     return {name: model, **trained}
-
-
-def variants(config: RunConfig) -> dict[str, RunConfig]:
-    """Returns the settings of each model that a run trains, by name."""
-    models = {"two_tower": config}
-    # The same model without the correction shows what the correction is worth on this log. Of a sum
-    # it is the first member alone, because a member has its own settings.
-    is_compared = "uncorrected" in config.evaluation.baselines and not trains_winner_alone(config)
-    if is_compared and config.model.correction != "none":
-        changes = {"summed": {}, "model.correction": "none"}
-        models["two_tower_uncorrected"] = with_settings(config, changes)
-    return models
-
-
-def trains_winner_alone(config: RunConfig) -> bool:
-    """Returns whether a race leaves out the uncorrected model, to save a second long training."""
-    return bool(config.recipes) and "evaluation.baselines" not in config.fixed
 
 
 def plan_of(config: RunConfig, name: str) -> TwoTower:
@@ -254,17 +250,15 @@ def trained_in(
             plan.fit(train, validation, warm_start=trained_in("runs/yesterday"))
     """
     run = RunFolder(Path(folder))
-    training, settings = run.results()["training"], run.settings()
-    if name in settings.trained:
-        config: RunConfig | None = member_config(settings, name)
-    elif (config := variants(settings).get(name)) is not None and config.summed:
+    if name == MODEL and (ensemble := ensemble_in(run.path)).is_sum:
         raise ValueError(
             f"The model of {run.path} is a sum, of which each member starts a training by itself: "
-            f"give name, one of {', '.join(config.trained)}"
+            f"give name, one of {', '.join(ensemble.plans)}"
         )
-    if name not in training or config is None:
+    if (found := training_in(run.path, name)) is None:
         return None
-    checkpoints = run.training_folder(name)
+    (checkpoints, plan), record = found, run.results()["training"][name]
+    config = with_settings(run.settings(), plan.settings)
     if not (checkpoints / step).is_dir():  # Without a second training, the first is the last.
         step = "selection"
     split = split_in(run)
@@ -276,12 +270,11 @@ def trained_in(
         corpus = dataclasses.replace(corpus, is_later=None)
     with training_strategy().scope():
         network = plan_of(config, name).build(corpus)
-    best_epoch = training[name]["best_epoch"]
-    record = read_epoch(network, config.training, checkpoints / step, best_epoch)
-    result = TrainingResult(record["history"], best_epoch, record["seconds"])
+    best_epoch, bonus = record["best_epoch"], record["bonus"]
+    saved = read_epoch(network, config.training, checkpoints / step, best_epoch)
+    result = TrainingResult(saved["history"], best_epoch, saved["seconds"])
     encoder = query_encoder(network, corpus)
     model = FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log=log)
-    bonus = training[name].get("bonus")
     return _with_bonus(model, bonus and HistoryBonus.read(bonus, None), split)
 
 
@@ -293,15 +286,14 @@ def split_in(folder: RunFolder) -> Split:
 
 def _about_source(path: Path, name: str, data: RunData) -> Iterator[str]:
     """Describes where a model started, and warns if its source has seen held-out events."""
-    folder, trained = RunFolder(path), RunFolder(path).training_folder(name)
-    if not trained.is_dir():
+    if (found := training_in(path, name)) is None:
         yield f"started from random weights: {path} has no {name}"
         return
     yield f"started from {path}"
-    source = split_in(folder)
+    source = split_in(RunFolder(path))
     if not data.split.kind == source.kind == "time":
         return
-    final = source.before_test if (trained / "refit").is_dir() else source.train
+    final = source.before_test if (found[0] / "refit").is_dir() else source.train
     for log, part in ((source.train, "validation"), (final, "test")):
         last = log.events["timestamp"].max().to_pyarrow().as_py()
         held_out = data.split.events.filter(data.split.events["part"] == part)

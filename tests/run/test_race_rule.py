@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tfrs_pipeline as tp
-from tfrs_pipeline.run.rungs import FIRST_EPOCHS, TIMED_EPOCHS, Curve, race_in_rungs
+from tfrs_pipeline.run.race_rule import FIRST_EPOCHS, TIMED_EPOCHS, Curve, Turn, next_turn
 
 
 def replayed(
@@ -37,7 +37,9 @@ def replayed(
     for name, num_epochs in done:
         train(name, num_epochs, "before")
     turns.clear()
-    was_cut = race_in_rungs(curves, train, budget)
+    while isinstance(turn := next_turn(curves, budget), Turn):
+        train(*turn)
+    was_cut = turn
     return tp.Race([*curves.values()], "ndcg@100", was_cut=was_cut), turns
 
 
