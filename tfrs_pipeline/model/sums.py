@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.data.held_out_queries import Holdout, check_holdout
 from tfrs_pipeline.data.ids import Ids
+from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.evaluation.baselines import Ials
 from tfrs_pipeline.evaluation.bootstrap import Interval, mean_interval
@@ -229,6 +230,11 @@ class FittedSum(Fitted):
     def first(self) -> Any:
         """The first member: in a run, the best alone."""
         return next(iter(self.members.values()))
+
+    @property
+    def log(self) -> Log | None:  # type: ignore[override]
+        """The log of the first member; None for a model of another package."""
+        return getattr(self.first, "log", None)
 
     @property
     def result(self) -> TrainingResult:
