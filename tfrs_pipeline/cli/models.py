@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, PositiveInt
 from rich.console import Console
@@ -230,8 +230,10 @@ class Query(OfModel):
     """Ids of the items that the user liked, oldest first, for a user whom the model does not know,
     or instead of the history that it stores."""
     similar_to: str | None = None
-    """Id of an item, in place of a user or a history: prints the items similar to it, which answer
-    the same queries."""
+    """Id of an item, in place of a user or a history: prints the items similar to it."""
+    kind: Literal["alike", "also_taken"] = "alike"
+    """How items are similar: those alike answer the same queries; those also taken stood near it in
+    people's histories, until now."""
     request: dict[str, str] = {}
     """Values of the model's request features, such as device=ios hour=8; lists and vectors with
     commas, tags=a,b place=1,2,3. From timestamp, the time of the request, such as
@@ -318,7 +320,7 @@ class Query(OfModel):
         allowed = None if self.filter is None else [list(self.filter)]
         if self.similar_to is not None:
             about["similar_to"] = item = retriever.stored.parse_id(self.similar_to)
-            ids, scores = retriever.similar([item], k, [exclude], allowed=allowed)
+            ids, scores = retriever.similar([item], k, [exclude], allowed=allowed, kind=self.kind)
         elif self.history is None:
             ids, scores, (is_known,) = retriever.retrieve_user(
                 [about["user_id"]], k, [exclude], allowed=allowed, requests=[request]
