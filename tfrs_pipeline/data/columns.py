@@ -12,7 +12,7 @@
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 
-from tfrs_pipeline.data import event_types, schema
+from tfrs_pipeline.data import rules, schema
 from tfrs_pipeline.data.files import Scan
 from tfrs_pipeline.data.request_features import is_from_timestamp
 from tfrs_pipeline.data.schema import DataError, Source
@@ -184,8 +184,7 @@ def _refuse_overlooked(scanned: Scan, unread: Sequence[str]) -> None:
         if is_type and 1 < len(types) <= _MOST_TYPES:
             raise DataError(
                 f"{where} {len(types)} types of events ({printable(', '.join(types), 200)}): every "
-                "row would be a click. Set event_weights, such as "
-                f"{printable(event_types.suggested(types), 200)} (a number is the weight of a "
-                f"positive; exposed was only shown; other types are dropped); or add {otherwise}",
+                f"row would be a click. {rules.SET_WEIGHTS} (a number is the weight of a positive; "
+                f"exposed was only shown; other types are dropped); or add {otherwise}",
                 "event_weights",
             )
