@@ -29,7 +29,6 @@ from tfrs_pipeline.evaluation.interactions import (
     count_users,
     history_columns,
     history_matrix,
-    items_of,
 )
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, Retriever, check_asked
 from tfrs_pipeline.search.topk import ScoreRetriever, best_places
@@ -113,15 +112,13 @@ class MostPopular(Baseline):
 
         A `ValueError` if `latest` is below 1 without timestamps; interactions have none.
         """
-        if isinstance(train, Interactions):
-            if self.latest < 1:
-                raise ValueError("latest needs times, which interactions lack: fit it to a log.")
-            return FittedPopularity(train.items, train.counts)
-        items = items_of(train)
-        positives = train.positives()
-        counts = count_users(positives, items)
+        whole = Interactions.of(train)
+        items, counts = whole.items, whole.counts
         if self.latest < 1:
-            counts = count_users(_latest(positives, self.latest), items) + _below_one(counts)
+            if isinstance(train, Interactions):
+                raise ValueError("latest needs times, which interactions lack: fit it to a log.")
+            latest = _latest(train.positives(), self.latest)
+            counts = count_users(latest, items) + _below_one(counts)
         return FittedPopularity(items, counts)
 
 

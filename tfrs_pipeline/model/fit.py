@@ -245,7 +245,7 @@ def describe_data(
     settings: TwoTowerSettings,
     training: TrainingSettings,
 ) -> list[str]:
-    """Describes what histories lack, what batches never draw and mask, and batches too small."""
+    """Describes what histories lack, what batches never draw, and batches too small."""
     notes = []
     reading = sorted({"recency", "attention"}.intersection(settings.history_pooling))
     if reading and data.samples.num_earlier is None:
@@ -258,8 +258,6 @@ def describe_data(
     if (is_later := data.samples.is_later) is not None:
         num = counted(int(is_later.sum()), "item")
         notes.append(f"{num} came after the training: new to it, and nobody's negatives")
-    masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
-    notes.append(f"masked in the columns that rows share: {masked}")
     if settings.hard is not None and settings.correction == "none":
         notes.append(
             "without the correction hard negatives count like all others: their share has no effect"
