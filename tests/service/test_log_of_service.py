@@ -543,8 +543,9 @@ def test_past_events_are_recorded_from_a_file(
     rows = [{**row, "time": datetime.fromtimestamp(row["time"], UTC)} for row in rows]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "keys.parquet")
     Journal(other).path.unlink()
-    assert log_of_service.record_file(load(other), tmp_path / "keys.parquet")[:2] == (90, 90)
-    assert log_of_service.record_file(load(other), tmp_path / "keys.parquet")[:2] == (90, 0)
+    for num_new in (90, 0):
+        counts = log_of_service.record_file(load(other), tmp_path / "keys.parquet")
+        assert (counts["num_events"], counts["num_new"]) == (90, num_new)
     missing = tmp_path / "missing.parquet"
     of_users = [Journal(folder).of_users(range(7)) for folder in (films, other)]
     by_time = [

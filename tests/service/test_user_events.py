@@ -334,7 +334,7 @@ def test_a_file_of_another_version_is_named(films: Path, tmp_path: Path) -> None
     assert 10 not in by_user(load(films), 7)
     assert write_log(films, tmp_path / "log.parquet") == 1
     journal.path.unlink()
-    assert record_file(load(films), tmp_path / "log.parquet").num_new == 1
+    assert record_file(load(films), tmp_path / "log.parquet")["num_new"] == 1
     assert 10 not in by_user(load(films), 7)
 
 
