@@ -16,21 +16,12 @@ from rich.text import Text
 
 from tfrs_pipeline.cli.console import native_errors_to, say, shown
 from tfrs_pipeline.cli.flags import OfModel, PositionalPath
+from tfrs_pipeline.durable import parquet_destination
 from tfrs_pipeline.messages import as_interrupts, counted, printable
 from tfrs_pipeline.service.publish import version_at
 from tfrs_pipeline.service.settings import ServeSettings, listening, read_token
-from tfrs_pipeline.settings import refuse
 
-
-def _checked_destination(path: Path) -> Path:
-    from tfrs_pipeline.service.vectors import destination_problem
-
-    if problem := destination_problem(path):
-        refuse([("", problem)])
-    return path
-
-
-ParquetPath: TypeAlias = Annotated[Path, AfterValidator(_checked_destination)]
+ParquetPath: TypeAlias = Annotated[Path, AfterValidator(parquet_destination)]
 """A Parquet file to write."""
 
 
@@ -162,11 +153,11 @@ class WriteLog(OfModel):
 
             model = load(self.model)
             recorded = record_file(model, self.add)
-            events = counted(recorded.num_events, "event")
-            say(console, f"recorded  {self.add}: {events}, {recorded.num_new:,} new")
-            if num := recorded.num_unknown_items:
+            events = counted(recorded["num_events"], "event")
+            say(console, f"recorded  {self.add}: {events}, {recorded['num_new']:,} new")
+            if num := recorded["num_unknown_items"]:
                 say(console, f"{counted(num, 'event')} of items that the model does not have now")
-            if (num := recorded.num_before_end) and model.users.journal is not None:
+            if (num := recorded["num_before_end"]) and model.users.journal is not None:
                 end = datetime.fromtimestamp(model.users.until / 1000, UTC)
                 text = f"{counted(num, 'event')} from before the end of the model's log, "
                 say(console, f"{text}{end:%Y-%m-%d %H:%M} UTC: they join no history")
@@ -190,7 +181,7 @@ class Vectors(OfModel):
     The metric is the inner product. docs/guides/engines.md loads the file into other engines.
     """
 
-    file: Annotated[PositionalPath, AfterValidator(_checked_destination)]
+    file: Annotated[PositionalPath, AfterValidator(parquet_destination)]
     """Parquet file to write; an earlier one is replaced."""
 
     def __call__(self) -> int:
