@@ -323,7 +323,7 @@ class Journal(Database):
         )
         clicks: dict[Any, set[tuple[Any, int]]] = {}
         with contextlib.suppress(Damaged, StorageError), self._opened() as connection:
-            if connection is not None and _format_of(connection) == _FORMAT:
+            if connection is not None:
                 for user_id, item_id, milliseconds, arrived in connection.execute(
                     query, (time_, arrival)
                 ):
