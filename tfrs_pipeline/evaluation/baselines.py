@@ -267,7 +267,12 @@ class ItemKnn(Baseline):
     n_ij the users of both items, n_i those of one. A user of n items counts 1 / sqrt(n), because
     who has clicked much says less about each pair. With alpha of .5 this is the cosine of two items
     if nothing is shrunk; above, popular items of the history count less, and popular candidates are
-    found more often. Each candidate keeps its `num_neighbors` items of highest s_ij. An item is
+    found more often. With `bm25`, instead,
+
+        s_ij = sum over the users u of both of idf_u^2 b_i b_j, where idf_u = ln(N / (1 + n_u)) with
+        n_u items of N, and b_i = 101 / (1 + 100 (.2 + .8 n_i / mean n)).
+
+    Each candidate keeps its `num_neighbors` items of highest s_ij. An item is
     its own neighbor only with `own_items`, for rankings that do not exclude clicked items.
     Candidates without a neighbor in the history follow the others, with scores from -1 to 0.
 
@@ -294,16 +299,21 @@ class ItemKnn(Baseline):
     decay: Annotated[float, Field(gt=0, le=1)] = 0.9
     num_neighbors: PositiveInt = 100
     own_items: bool = False
+    bm25: bool = False
 
     label = "ItemKNN"
 
     @classmethod
     def forms(cls, *, seed: int, by_time: bool, exclude: Exclude) -> Sequence[Self]:
-        """Returns three decays with two shrinkages, or, if nothing is excluded, also own items."""
-        choices = [(2.0, False), (2.0, True) if exclude == "none" else (8.0, False)]
+        """Returns three decays with two shrinkages, or, if nothing is excluded, also own items.
+
+        And the same decays with BM25's weights.
+        """
+        own = exclude == "none"
+        choices = [(2.0, False, False), (2.0 if own else 8.0, own, False), (0.0, own, True)]
         return [
-            cls(shrinkage=shrinkage, decay=decay, own_items=own_items)
-            for shrinkage, own_items in choices
+            cls(shrinkage=shrinkage, decay=decay, own_items=own_items, bm25=bm25)
+            for shrinkage, own_items, bm25 in choices
             for decay in (0.7, 0.9, 1.0)
         ]
 
@@ -317,6 +327,11 @@ class ItemKnn(Baseline):
         weighted.data = np.repeat(lengths**-0.5, lengths).astype(np.float32)
         num_users = np.maximum(weighted.sum(axis=0).A1, 1e-12)  # Not 0, for items without a user.
         history_scale, candidate_scale = num_users**self.alpha, num_users ** (1 - self.alpha)
+        if self.bm25:
+            idf = np.log(max(1, num_items) / (1 + lengths))
+            weighted.data = np.repeat(idf**2, lengths).astype(np.float32)
+            share = train.counts / max(train.counts.mean(), 1e-12)
+            history_scale = candidate_scale = (1 + 100 * (0.2 + 0.8 * share)) / 101
         num_kept = max(1, min(self.num_neighbors, _MAX_NEIGHBORS // max(1, num_items)))
         users_by_item = clicked.T.tocsr()
         parts = [(np.empty(0, np.float32), np.empty(0, np.int32), np.empty(0, np.int32))]

@@ -1,6 +1,7 @@
 """Decides whether a model is exported: not if a baseline or the version in service is better."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.features.encoding import request_signature
 from tfrs_pipeline.messages import sentence
+from tfrs_pipeline.model.bonus_choice import item_graph
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.run.folder import RunFolder
-from tfrs_pipeline.search.topk import ExactRetriever
+from tfrs_pipeline.search.history_bonus import HistoryBonus
+from tfrs_pipeline.search.topk import ExactRetriever, ScoreRetriever
 from tfrs_pipeline.service.publish import MANIFEST_FILE, NotPublished, versions_of
 from tfrs_pipeline.service.retriever import LoadedRetriever, load
 
@@ -71,12 +74,14 @@ def version_in_service(
     exported: np.ndarray | None = None,
     *,
     log: Log | None = None,
+    before_test: Log | None = None,
     without: Path | None = None,
-) -> ExactRetriever | None:
+) -> ScoreRetriever | None:
     """Loads a model's newest version, to measure it beside a new one; None if there is none.
 
     `candidate_ids` are the new model's items, and `exported` those that its export retrieves (None
-    means all). If the version holds no user data, users' features come from `log`.
+    means all). If the version holds no user data, users' features come from `log`. The item graph
+    of its bonus is built of `before_test`, as the new model's is: its own may know the test.
     """
     newest = _newest(folder, without)
     if newest is None:
@@ -103,7 +108,17 @@ def version_in_service(
         embedded, is_trained = retriever.embed_candidates(unlisted.tolist(), nothing)
         known = np.concatenate([known, unlisted[is_trained]])
         embeddings = np.concatenate([embeddings, embedded[is_trained]])
-    return ExactRetriever(known, embeddings, _query_embedder(retriever, log))
+    exact = ExactRetriever(known, embeddings, _query_embedder(retriever, log))
+    if (record := retriever.manifest["bonus"]) is None:
+        return exact
+    bonus = HistoryBonus.read(record, None)
+    if bonus.neighbours is not None:
+        if before_test is None:
+            return exact
+        users = before_test.users["user_id"].to_pyarrow().to_numpy()
+        graph = item_graph(before_test, users, exact.items.values, bonus.neighbours.kind)
+        bonus = replace(bonus, graph=graph)
+    return bonus.added_to(exact)
 
 
 def _query_embedder(

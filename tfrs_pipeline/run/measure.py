@@ -4,7 +4,7 @@ TensorFlow is imported for the version in service alone.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -162,6 +162,7 @@ def measure(
             samples.test.candidate_ids,
             log.listed_ids,
             log=log,
+            before_test=samples.split.before_test,
             # Never the run's own export, which a resumed run finds in service.
             without=run.folder.own_version(config),
         )
@@ -175,8 +176,24 @@ def measure(
             num_queries, num_relevant = len(first.user_ids), first.overall.num_relevant
             queries = f"{ASKED[question.asked_by]}: {counted(num_queries, 'query')}"
             lines += [f"{queries}, {num_relevant:,} items to find", *first.describe()]
+            lines += _about_counting(question)
     run.note(*dict.fromkeys(lines))  # Both questions may have the same remarks.
     return evaluation
+
+
+def _about_counting(evaluation: Evaluation) -> Iterator[str]:
+    """Says how far counting alone gets: a log that it solves needs no model."""
+    recall = f"recall@{evaluation.cutoffs[0]}"
+    counted_only = evaluation.results.get("transitions")
+    if counted_only is not None and recall in counted_only.overall.intervals:
+        alone, model = (
+            result.overall.intervals[recall].mean for result in (counted_only, evaluation.first)
+        )
+        yield (
+            f"{ASKED[evaluation.asked_by]}: counting what came next, without training, finds "
+            f"{alone:.1%} of a query's items among its first {evaluation.cutoffs[0]}, the model "
+            f"{model:.1%}"
+        )
 
 
 def evaluate_all(
