@@ -27,6 +27,7 @@ from tfrs_pipeline.data.split import in_order, num_in_share
 from tfrs_pipeline.evaluation.interactions import (
     Interactions,
     Sequences,
+    below_one,
     count_users,
     history_columns,
     history_matrix,
@@ -86,8 +87,8 @@ class MostPopular(Baseline):
     """Retrieves the same candidates for everyone: those with the most users in training.
 
     `latest` in (0, 1] is the share of the latest positives, by timestamp, whose users are counted;
-    the users of all positives break ties. Set it below 1 for logs whose items come and go. A
-    `ValueError` if it is out of range.
+    the users of all positives break ties, and then what else these clicked. Set it below 1 for logs
+    whose items come and go. A `ValueError` if it is out of range.
 
     Example:
         >>> import pyarrow as pa
@@ -111,12 +112,12 @@ class MostPopular(Baseline):
         A `ValueError` if `latest` is below 1 without timestamps; interactions have none.
         """
         whole = Interactions.of(train)
-        items, counts = whole.items, whole.counts
+        items, counts = whole.items, whole.popularity
         if self.latest < 1:
             if isinstance(train, Interactions):
                 raise ValueError("latest needs times, which interactions lack: fit it to a log.")
             latest = _latest(train.positives(), self.latest)
-            counts = count_users(latest, items) + _below_one(counts)
+            counts = count_users(latest, items) + below_one(counts)
         return FittedPopularity(items, counts)
 
 
@@ -165,7 +166,7 @@ class Repeats(Baseline):
     def fit(self, train: Log | Interactions) -> ScoreRetriever:
         """Counts the users of each candidate of a log, or of interactions."""
         train = Interactions.of(train)
-        popular = _below_one(train.counts)
+        popular = below_one(train.popularity)
 
         def score(queries: Sequence[Query]) -> np.ndarray:
             scores = np.tile(popular, (len(queries), 1))
@@ -355,7 +356,7 @@ class ItemKnn(Baseline):
         # Row i has s_ij of every candidate j that keeps i.
         similar = scipy.sparse.csr_matrix((values, (neighbors, candidates)), shape)
         # Candidates without a neighbor in the history follow those with one.
-        popular = (_below_one(train.counts) - 1).astype(np.float32)
+        popular = (below_one(train.popularity) - 1).astype(np.float32)
 
         def score(queries: Sequence[Query]) -> np.ndarray:
             histories = history_columns(queries, train.items)
@@ -466,7 +467,12 @@ class Ials(Baseline):
                 random_state=self.seed,
                 num_threads=self.num_threads,
             )
-            model.fit(train.matrix, show_progress=False)
+            # It draws a start for each row, so the order of rows may not depend on names.
+            users, items = map(np.argsort, train.rarity)
+            matrix = train.matrix[users][:, items]
+            matrix.sort_indices()
+            model.fit(matrix, show_progress=False)
+        model.item_factors = model.item_factors[np.argsort(items)]
         return model
 
 
@@ -510,7 +516,7 @@ def _by_product(
         histories = history_matrix(queries, train.items)
         scores = score(histories)
         # Their own scores are all equal, and would rank items by their ids.
-        scores[histories @ (train.counts > 0) == 0] = train.counts
+        scores[histories @ (train.counts > 0) == 0] = train.popularity
         return scores
 
     return ScoreRetriever(train.items, or_popular)
@@ -549,11 +555,6 @@ def _blocks(work: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
         stop = max(start + 1, int(np.searchsorted(ends, done + most, "right")))
         yield start, stop
         start = stop
-
-
-def _below_one(counts: np.ndarray) -> np.ndarray:
-    """Scales counts so that they break the ties of other counts: float64 in [0, 1)."""
-    return counts / (1.0 + counts.max(initial=0))
 
 
 def _ease_weights(interactions: scipy.sparse.csr_matrix, l2: float) -> np.ndarray:
