@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tests.model.conftest import tiny, untrained
 from tfrs_pipeline import Holdout, Log, TrainingSet, TrainingSettings, metric_of
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.model.repeat_choice import choose_bonus
+from tfrs_pipeline.model.bonus_choice import choose_bonus
 from tfrs_pipeline.search import topk
-from tfrs_pipeline.search.repeats import RepeatBonus
+from tfrs_pipeline.search.history_bonus import HistoryBonus, NeighbourBonus, RepeatBonus
 from tfrs_pipeline.search.topk import ExactRetriever
 
 NUM_USERS, NUM_ITEMS, DIM = 150, 60, 8
@@ -144,7 +144,7 @@ def test_a_metric_that_leaves_queries_out_chooses_too() -> None:
 
 def test_a_fitted_model_adds_the_bonus_to_its_dot_products(data: TrainingSet) -> None:
     model = untrained(tiny(), data.corpus)
-    with_bonus = dataclasses.replace(model, repeat_bonus=RepeatBonus(0.5, 1.0, 0.0))
+    with_bonus = dataclasses.replace(model, bonus=HistoryBonus(RepeatBonus(0.5, 1.0, 0.0)))
     ids = model.candidate_ids.tolist()
     # Longer than the three items that the model reads.
     queries: list[dict[str, Any]] = [
