@@ -465,9 +465,9 @@ def test_a_refusal_needs_no_tensorflow(run: Run) -> None:
         (["refresh-index", run.model, "--items", "item.csv"], "item.csv does not exist"),
         (["refresh-index", run.model, "--items", "titles.csv"], "no column 'item_id'"),
         (["refresh-index", f"{run.model}x", "--items", "titles.csv"], f"Did you mean {run.model}"),
-        (["vectors", "films", "."], "file: '.' is a folder; give a file in it"),
+        (["vectors", "films", "."], "file: got .*; '.' is a folder: give a file in it"),
         (["vectors", "films", "films.csv"], "end the name with .parquet"),
-        (["log", "films", "--out", "lost/films.parquet"], "out: there is no folder 'lost'"),
+        (["log", "films", "--out", "lost/films.parquet"], "out: got .*; there is no folder 'lost'"),
         (["vectors", "films", "lost/films.parquet"], "there is no folder 'lost'"),
         (["vectors", "film", "films.parquet"], r"Did you mean films\?"),
     ]

@@ -70,6 +70,18 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
+def parquet_destination(path: str | Path) -> Path:
+    """Returns the path of a Parquet file to write; a `ValueError` if it cannot be written there."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"'{path}' is a folder: give a file in it, {path / 'all.parquet'}")
+    if path.suffix != ".parquet":
+        raise ValueError(f"'{path}' has to be Parquet: end the name with .parquet")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder '{path.parent}': make it, or choose another")
+    return path
+
+
 def flush(paths: Iterable[Path]) -> None:
     """Forces files and folders to disk, so that a later file can rely on them."""
     for path in paths:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias, TypeVar, cast
 
 import pydantic
+import pydantic.dataclasses
 from pydantic import AfterValidator, BeforeValidator
 from pydantic_core import ErrorDetails
 
@@ -70,13 +71,15 @@ class Config(pydantic.BaseModel):
 
 T = TypeVar("T")
 
-CHECKED = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
-"""Configuration of pydantic's dataclasses whose fields are checked as those of a `Config` are."""
 
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def checked(table: type[T]) -> type[T]:
+    """Makes a frozen dataclass whose arguments are checked as the fields of a `Config` are.
 
-def refused_by_name(table: type[T]) -> type[T]:
-    """Makes a dataclass of pydantic raise a ConfigError that names the argument."""
-    dataclass: Any = table
+    Raises a ConfigError that names the argument.
+    """
+    config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+    dataclass: Any = pydantic.dataclasses.dataclass(frozen=True, config=config)(table)
     check = dataclass.__init__
 
     @functools.wraps(check)
@@ -85,7 +88,7 @@ def refused_by_name(table: type[T]) -> type[T]:
             check(self, *values, **settings)
 
     dataclass.__init__ = init
-    return table
+    return dataclass
 
 
 @contextlib.contextmanager

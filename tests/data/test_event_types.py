@@ -10,7 +10,6 @@ import pytest
 
 from tests.small_log import column
 from tfrs_pipeline import DataError, Log, Reading
-from tfrs_pipeline.data.event_types import suggested
 
 WEIGHTS: dict[str, Any] = {"purchase": 5, "click": 1, "view": "exposed"}
 
@@ -133,7 +132,7 @@ def test_columns_that_are_lists_or_records_are_left_unread() -> None:
     ({"event_weights": WEIGHTS, "columns": {"stage": "event"}}, "leave stage out"),
     ({"event_weights": WEIGHTS, "columns": {"event": "what"}}, "no column 'what'"),
     ({"event_weights": WEIGHTS, "request_features": {"event": "categorical"}}, "an outcome"),
-    ({"label": {"event": 1}}, "types of events, set event_weights"),
+    ({"label": {"event": 1}}, "types of events, name its column event"),
     ({"columns": {"stage": "event"}}, "types of events, name the column event"),
 ])  # fmt: skip
 def test_what_is_refused(load: Any, options: dict[str, Any], message: str) -> None:
@@ -150,12 +149,3 @@ def test_the_column_of_types_must_be_found(load: Any) -> None:
     both = frame.assign(action="x", event_type="y").to_csv(index=False)
     with pytest.raises(DataError, match="action and event_type may be it"):
         load(both, event_weights=WEIGHTS)
-
-
-def test_a_view_is_a_click_where_there_are_no_clicks() -> None:
-    assert suggested(["view", "click"]) == "click=1 view=exposed"
-    assert suggested(["addtocart", "transaction", "view"]) == "transaction=5 addtocart=3 view=1"
-    types = ["view", "click", "like", "dislike", "unlike", "not_interested", "user_report"]
-    dislikes = "dislike=disliked not_interested=disliked user_report=disliked"
-    assert suggested(types) == f"like=3 click=1 view=exposed {dislikes}"
-    assert suggested(["remove_from_cart", "pv", "buy"]) == "buy=5 pv=1"

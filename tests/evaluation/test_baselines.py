@@ -398,18 +398,18 @@ def test_refuses_to_fit_to_what_is_no_log(kind: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "message"),
+    ("kind", "name"),
     [
-        (tp.Ease, "l2", "l2 must be above 0"),
-        (tp.MostPopular, "latest", r"\(0, 1\]. Received: 0"),
-        (tp.Ials, "alpha", "alpha=0"),
-        (tp.ItemKnn, "decay", "decay=0"),
-        (tp.ItemKnn, "num_neighbors", "num_neighbors=0"),
-        (tp.Transitions, "window", "window=0"),
+        (tp.Ease, "l2"),
+        (tp.MostPopular, "latest"),
+        (tp.Ials, "alpha"),
+        (tp.ItemKnn, "decay"),
+        (tp.ItemKnn, "num_neighbors"),
+        (tp.Transitions, "window"),
     ],
 )
-def test_refuses_settings_out_of_range(kind: Any, name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_refuses_settings_out_of_range(kind: Any, name: str) -> None:
+    with pytest.raises(tp.ConfigError, match=f"{name}: got 0; must be greater than 0"):
         kind(**{name: 0})
 
 

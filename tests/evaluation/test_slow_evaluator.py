@@ -47,7 +47,6 @@ class Asked(NamedTuple):
     user: int
     history: list[int]
     wanted: set[int]
-    tied: set[int]
     clicked: set[int]
     seen: set[int]
     disliked: set[int]
@@ -75,15 +74,11 @@ def queries_of(rows: list[Row], part: str, by: AskedBy, rule: str) -> Iterator[A
         ]
         if not targets:
             continue
-        # By user, the other clicks of the part are neither known nor to be found.
-        others = [row for row in own if row.is_click and (by != "users" or row.part != part)]
-        days = [row.day for row in {*others, *targets}]
-        tied = [row for row in targets if days.count(row.day) > 1]
         if by == "users":
             before = [row for row in own if row.part != part]
             first = targets[0].request
             known = [row for row in before if first is None or row.request != first]
-            yield asked(user, known, before, targets, tied)
+            yield asked(user, known, before, targets)
             continue
         groups: list[list[Row]] = []
         for target in targets:
@@ -98,15 +93,13 @@ def queries_of(rows: list[Row], part: str, by: AskedBy, rule: str) -> Iterator[A
             same_day = [row for row in own if row.day == start.day and row.line < start.line]
             before = [row for row in own if row.day < start.day]
             before += same_day if rule != "drop" else []
-            yield asked(user, before, before, group, [row for row in tied if row in group])
+            yield asked(user, before, before, group)
 
 
-def asked(
-    user: int, known: list[Row], before: list[Row], to_find: list[Row], tied: list[Row]
-) -> Asked:
+def asked(user: int, known: list[Row], before: list[Row], to_find: list[Row]) -> Asked:
     clicked = [row for row in before if row.is_click]
     disliked = [row for row in before if row.stage == "disliked"]
-    sets: Any = ({row.item for row in rows} for rows in (to_find, tied, clicked, before, disliked))
+    sets: Any = ({row.item for row in rows} for rows in (to_find, clicked, before, disliked))
     gone = {row.item for row in disliked}
     history = [row.item for row in known if row.is_click and row.item not in gone]
     return Asked._make([user, history, *sets, to_find[0].line])
@@ -160,7 +153,7 @@ def measure_slowly(
     """Returns the per-query values by part and metric, the set metrics, and the counts."""
     slices = slices_of(counts)
     values: dict[str, dict[str, list[float]]] = {part: {} for part in PARTS}
-    names = ("skipped", "excluded", "unknown", "unclicked", "empty", "tied")
+    names = ("skipped", "excluded", "unknown", "unclicked", "empty")
     rankings, num = [], dict.fromkeys(names, 0)
     to_find: list[int] = []
     for query in asked:
@@ -168,7 +161,6 @@ def measure_slowly(
         gone = gone | query.disliked
         wanted = query.wanted - gone
         num["excluded"] += len(query.wanted & gone)
-        num["tied"] += len(query.tied)
         if not wanted:
             num["skipped"] += 1
             continue
@@ -216,11 +208,8 @@ def by_number(history: list[int], item: int) -> int:
 
 def equal(found: EvaluationResult, slow: dict[str, Any]) -> None:
     names = ("skipped", "relevant_excluded", "relevant_unknown", "relevant_unclicked")
-    num = [getattr(found, f"num_{name}") for name in (*names, "empty_histories", "tied")]
+    num = [getattr(found, f"num_{name}") for name in (*names, "empty_histories")]
     assert num == list(slow["num"].values())
-    total, num_tied = found.overall.num_relevant + num[1], num[-1]
-    line = f"{num_tied} of {total} items to find have the time of another click of their user"
-    assert (line in found.describe()) == (num_tied > 0.1 * total)
     assert found.relevant_popularity == pytest.approx(slow["popularity"], abs=1e-9)
     parts = {"all": found.overall, **found.slices}
     assert set(parts) == set(PARTS)

@@ -38,7 +38,7 @@ def test_kinds_are_read_from_short_forms_tables_and_objects() -> None:
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"negatives": ["uniform:num=0"]}, r"negatives\.0.*num must be a whole number, 1 or more"),
+    ({"negatives": ["uniform:num=0"]}, r"negatives\.0.*num: got '0'; must be greater than 0"),
     ({"negatives": ["uniform:5"]}, r"negatives: got 'uniform:5'.*such as uniform:num=256"),
     ({"negatives": ["popular:num=5"]}, "unknown kind 'popular'.*popularity"),
     ({"hard": {"kind": "clicked"}}, "funnel"),

@@ -322,7 +322,8 @@ def ruined_from(num_members: int) -> Callable[..., Projection]:
     def project(members: Any, weights: Any, dim: int | None = None) -> Projection:
         joined = projection(members, weights)
         is_kept = dim is None or len(members) < num_members
-        return joined if is_kept else joined._replace(queries=[0 * x for x in joined.queries])
+        nothing = [(0 * queries, candidates) for queries, candidates in joined.matrices]
+        return joined if is_kept else joined._replace(matrices=nothing)
 
     return project
 

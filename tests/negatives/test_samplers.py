@@ -220,11 +220,10 @@ def test_refusals_of_what_is_no_kind_and_of_a_seed_that_is_one_number() -> None:
 
 
 @pytest.mark.parametrize(("kind", "arguments", "message"), [
-    (Uniform, {"num": 0}, "num must be a whole number, 1 or more. Received: 0"),
-    (Uniform, {"num": 2.5}, r"num must be a whole number.*2\.5"),
-    (Uniform, {"num": "5"}, "num must be a whole number.*'5'"),
-    (Uniform, {"num": True}, "num must be a whole number.*True"),
-    (Popularity, {"alpha": 0.0}, "alpha must be above 0.*uniform"),
+    (Uniform, {"num": 0}, "num: got 0; must be greater than 0"),
+    (Uniform, {"num": 2.5}, r"num: got 2\.5; must be a valid integer"),
+    (Uniform, {"number": 5}, "unknown setting; did you mean 'num'"),
+    (Popularity, {"alpha": 0.0}, "alpha: got 0.0; must be greater than 0"),
     (FunnelLosers, {"share": 0.0}, "share: got 0.0; must be above 0: .*hard is None.*plan mixed"),
     (FunnelLosers, {"share": -0.1}, "share: got -0.1; must be above 0"),
     (FunnelLosers, {"share": 1.0}, "share.*less than 1"),

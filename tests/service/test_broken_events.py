@@ -1,4 +1,4 @@
-"""A file of events that breaks while a server runs, or that an earlier version wrote."""
+"""A file of events that breaks while a server runs."""
 
 import os
 import sqlite3
@@ -6,14 +6,12 @@ import subprocess
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.damage import largest_file
 from tests.service.running_server import PREDICT, Running, retrieve_user, send, until
 from tests.service.test_user_events import event
-from tfrs_pipeline import load, write_log
 from tfrs_pipeline.durable import Damaged, StorageError
 from tfrs_pipeline.service.user_events import JOURNAL_FILE, Event, Journal, Watch
 
@@ -191,68 +189,3 @@ def test_a_deletion_needs_no_room_in_the_folder_of_temporary_files(
     assert f"takes up to {2 * size / 1e6:.1f} MB more in {tmp_path}" in str(caught.value)
     assert journal.of_users([1]) == {}
     assert journal.forget([1]) == [0]
-
-
-MAIN = """
-PRAGMA journal_mode = WAL;
-CREATE TABLE events (user_id NOT NULL, time INTEGER NOT NULL, item_id NOT NULL, type TEXT NOT NULL,
-    request_id TEXT, event_id INTEGER, arrival INTEGER NOT NULL,
-    PRIMARY KEY (user_id, time, item_id, type)) WITHOUT ROWID;
-CREATE TABLE event_ids (id INTEGER PRIMARY KEY);
-CREATE TRIGGER event_known BEFORE INSERT ON events
-    WHEN NEW.event_id IN (SELECT id FROM event_ids) BEGIN SELECT RAISE(IGNORE); END;
-CREATE TRIGGER event_added AFTER INSERT ON events WHEN NEW.event_id IS NOT NULL
-    BEGIN INSERT INTO event_ids VALUES (NEW.event_id); END;
-CREATE TRIGGER event_deleted AFTER DELETE ON events WHEN OLD.event_id IS NOT NULL
-    BEGIN DELETE FROM event_ids WHERE id = OLD.event_id; END;
-CREATE TABLE served (request_id TEXT PRIMARY KEY, user_id NOT NULL, time INTEGER NOT NULL,
-    version INTEGER NOT NULL, items TEXT NOT NULL) WITHOUT ROWID;
-CREATE INDEX served_to ON served (user_id, time);
-"""
-
-
-@pytest.mark.parametrize("has_dropped", [False, True])
-def test_a_file_of_the_first_format_is_brought_forward(
-    films: Path, tmp_path: Path, has_dropped: bool
-) -> None:
-    path = films / JOURNAL_FILE
-    with closing(sqlite3.connect(path)) as sql:
-        sql.executescript(MAIN)
-        rows = [(100, n, 3 + 7 * (n % 9), "clicked", None, n or None, n) for n in range(50)]
-        sql.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-        served = [("b", 100, 60, 1, "[3, 10]"), ("a", 100, 70, 1, "[17]"), ("c", "x", 9, 1, "[5]")]
-        sql.executemany("INSERT INTO served VALUES (?, ?, ?, ?, ?)", served)
-        sql.execute(f"PRAGMA user_version = {int(has_dropped)}")
-        sql.commit()
-    journal = Journal(films)
-
-    def content() -> list[Any]:
-        lists = [ids for _, ids in journal.served_to(100)]
-        return [journal.of_users([100]), [*journal.log(99)], lists, journal.has_dropped()]
-
-    # It can be read as it is.
-    before = content()
-    assert (len(before[0][100]), before[2:]) == (50, [[[17], [3, 10]], has_dropped])
-    assert write_log(films, tmp_path / "before.parquet") == 50 + 4
-    # A write that fails leaves it as it was.
-    with pytest.raises(Damaged), journal.writing() as sql:
-        sql.execute("no SQL")
-    with closing(sqlite3.connect(path)) as sql:
-        assert sql.execute("PRAGMA application_id").fetchone() == (0,)
-    # A repeat is still one, by its id and by its key.
-    known = [Event(100, 2, 17, "clicked", None, 77), Event(101, 5, 3, "clicked", None, 3)]
-    assert journal.write([known]) == [0]
-    assert content() == before
-    with journal.writing() as sql:
-        assert sql.execute("PRAGMA application_id").fetchone() == (1,)
-        (kinds,) = sql.execute("SELECT count(*) FROM sqlite_master WHERE type = 'trigger'")
-        assert kinds == (3,)
-        assert sql.execute("SELECT count(*) FROM event_ids").fetchone() == (49,)
-        assert not sql.execute("SELECT 1 FROM sqlite_master WHERE name LIKE 'old%'").fetchall()
-    assert load(films).record([event(100, 3)]) == 1
-    assert journal.forget([100]) == [50 + 1 + 2]
-    assert journal.has_dropped() == has_dropped
-    assert journal.drop_older(10) == (0, 1)
-    assert journal.has_dropped()
-    with journal.writing() as sql:
-        assert sql.execute("PRAGMA application_id").fetchone() == (1,)

@@ -23,7 +23,6 @@ assert not main(["query", model, "--user", "1", "-k", "2"])
 assert not main(["recommend", model, "--out", f"{out}/all.parquet", "-k", "2"])
 assert not main(["vectors", model, f"{out}/vectors.parquet"])
 assert main(["recommend", model, "--out", f"{out}/few.parquet", "--users", "users.csv"]) == 1
-assert main(["log", model, "--add", f"{out}/vectors.parquet"]) == 1
 """
 
 
@@ -44,7 +43,6 @@ def test_what_reads_an_export_needs_no_extra(exported: Exported, tmp_path: Path)
         line.partition(" which")[0] for line in done.stderr.splitlines() if "error" in line
     ] == [
         "error: Reading a file of users needs duckdb,",
-        "error: Reading a file of events needs duckdb,",
     ]
 
 

@@ -216,7 +216,7 @@ def test_the_command(int_folder: Path, tmp_path: Path, command: Any) -> None:
     model = load(int_folder)
     assert rows(path) == {u: by_user(model, u, 4, allowed=[["a", "b"]]) for u in (103, 101)}
     done = command("recommend", int_folder, "--out", tmp_path)
-    assert (done.code, "is a folder; give a file in it" in done.err) == (2, True)
+    assert (done.code, "is a folder: give a file in it" in done.err) == (2, True)
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(

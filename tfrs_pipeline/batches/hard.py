@@ -88,6 +88,17 @@ class HardDraws:
             raise DataError(f"{hard}: none of {len(samples):,} positives has a hard negative.")
         self._reasons = {name: reasons_in(name, hard) for name in self.pools}
 
+    def read(self, index: np.ndarray) -> dict[str, RowLists]:
+        """Gathers the candidates of samples, [n] int, in each pool."""
+        pools = {name: pool.take(index) for name, pool in self.pools.items()}
+        for name, lists in pools.items():
+            if self.pools[name].key is not None:
+                # Left out before the draw: if they were drawn and masked, the few columns left in a
+                # row would each weigh more, and so would a masked candidate's neighbours.
+                never = is_never(self._samples, index, lists, self._reasons[name])
+                pools[name] = lists.where(~never)
+        return pools
+
     def draw(self, step: tf.Tensor, index: tf.Tensor) -> HardColumns:
         """Draws for the samples of a batch, [B] int32."""
         seed = seed_of(self._seed, Use.HARD, step)
@@ -118,15 +129,10 @@ class HardDraws:
     def _draw(self, index: np.ndarray, *starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Draws from each pool, from its `starts`, [B] in [0, 1): rows and masks, [B, H] each."""
         samples, rows, is_counted = self._samples, [], []
-        for (name, pool), start in zip(self.pools.items(), starts, strict=True):
-            reasons, lists = self._reasons[name], pool.take(index)
-            if pool.key is not None:
-                # Left out before the draw: if they were drawn and masked, the few columns left in a
-                # row would each weigh more, and so would a masked candidate's neighbours.
-                lists = lists.where(~is_never(samples, index, lists, reasons))
+        for (name, lists), start in zip(self.read(index).items(), starts, strict=True):
             drawn = draw_from_lists(lists, self._num, start)
             by_row = RowLists(np.arange(len(index) + 1) * self._num, drawn.ravel())
-            never = is_never(samples, index, by_row, reasons).reshape(drawn.shape)
+            never = is_never(samples, index, by_row, self._reasons[name]).reshape(drawn.shape)
             rows.append(drawn)
             is_counted.append((drawn > 0) & ~never)
         return np.concatenate(rows, axis=1), np.concatenate(is_counted, axis=1)

@@ -17,11 +17,9 @@ from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.log_q import Mixture
 from tfrs_pipeline.negatives.samplers import HardNegatives, InBatch, Negatives, SamplingFrame
 from tfrs_pipeline.samples import never_negatives
-from tfrs_pipeline.samples.never_negatives import KNOWN, LATER
-from tfrs_pipeline.samples.store import RowLists, Samples, positive_probability
+from tfrs_pipeline.samples.store import Samples, positive_probability
 
 SAMPLES_PER_BLOCK = 1 << 20
-LISTS_PER_BLOCK = 1 << 16
 
 
 class HybridBatches:
@@ -205,49 +203,9 @@ class HybridBatches:
             return weights
         return (weights * self._factor[self.samples.candidate_rows[index]]).astype(np.float32)
 
-    def masked_shares(self) -> dict[str, float]:
-        """Computes the share of the shared columns that each reason is expected to mask.
-
-        It is a mean over the positives that batches draw: a column holds c with n(c) / sum of n. A
-        row's own in-batch column does not count, and a known positive's accidental hits count once.
-
-        Example:
-            >>> from tfrs_pipeline import SinglePositives, Uniform
-            >>> samples = Samples.from_pairs(
-            ...     [1, 1, 1, 2], [5, 6, 7, 5], num_queries=2, num_candidates=9
-            ... )
-            >>> examples = SinglePositives(samples, batch_size=2, history_length=3, seed=0)
-            >>> shares = HybridBatches(samples, examples, [Uniform(3)], seed=0).masked_shares()
-            >>> round(shares["known positives"], 4)  # Three of four have two others of nine items.
-            0.1667
-        """
-        samples, n = self.samples, self.expected_count
-        sample_rate = self.frame.q_positive / np.maximum(samples.counts, 1)
-        query_rate = np.zeros(len(samples.known_positives))
-        for block in _blocks(len(samples), SAMPLES_PER_BLOCK):
-            rates = sample_rate[samples.candidate_rows[block]]
-            query_rate += np.bincount(samples.query_rows[block], rates, len(query_rate))
-        masked = {"accidental hits": float(self.frame.q_positive @ n)}
-        masked |= {name: _pair_sum(lists, query_rate, n) for name, lists in self.never.items()}
-        # A positive is one of its user's known ones, so its accidental hits were counted there too.
-        masked[KNOWN] -= masked["accidental hits"]
-        if samples.is_later is not None:
-            masked[LATER] = float(n[samples.is_later].sum())
-        return {reason: num / float(n.sum()) for reason, num in masked.items()}
-
-
-def _pair_sum(lists: RowLists, key_weights: np.ndarray, value_weights: np.ndarray) -> float:
-    """Sums the products of both weights over all pairs of a key and a value in its list."""
-    total = 0.0
-    for keys in _blocks(len(lists), LISTS_PER_BLOCK):
-        offsets = lists.offsets[keys.start : keys.stop + 1]
-        weights = np.repeat(key_weights[keys], np.diff(offsets))
-        total += float(weights @ value_weights[lists.values[offsets[0] : offsets[-1]]])
-    return total
-
 
 def _blocks(num: int, size: int) -> Iterator[slice]:
-    """Cuts samples, or lists of some size, into blocks that fit into memory."""
+    """Cuts samples into blocks that fit into memory."""
     for start in range(0, num, size):
         yield slice(start, min(start + size, num))
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, PositiveInt
 from rich.console import Console
@@ -16,21 +16,12 @@ from rich.text import Text
 
 from tfrs_pipeline.cli.console import native_errors_to, say, shown
 from tfrs_pipeline.cli.flags import OfModel, PositionalPath
+from tfrs_pipeline.durable import parquet_destination
 from tfrs_pipeline.messages import as_interrupts, counted, printable
 from tfrs_pipeline.service.publish import version_at
 from tfrs_pipeline.service.settings import ServeSettings, listening, read_token
-from tfrs_pipeline.settings import refuse
 
-
-def _checked_destination(path: Path) -> Path:
-    from tfrs_pipeline.service.vectors import destination_problem
-
-    if problem := destination_problem(path):
-        refuse([("", problem)])
-    return path
-
-
-ParquetPath: TypeAlias = Annotated[Path, AfterValidator(_checked_destination)]
+ParquetPath: TypeAlias = Annotated[Path, AfterValidator(parquet_destination)]
 """A Parquet file to write."""
 
 
@@ -162,11 +153,11 @@ class WriteLog(OfModel):
 
             model = load(self.model)
             recorded = record_file(model, self.add)
-            events = counted(recorded.num_events, "event")
-            say(console, f"recorded  {self.add}: {events}, {recorded.num_new:,} new")
-            if num := recorded.num_unknown_items:
+            events = counted(recorded["num_events"], "event")
+            say(console, f"recorded  {self.add}: {events}, {recorded['num_new']:,} new")
+            if num := recorded["num_unknown_items"]:
                 say(console, f"{counted(num, 'event')} of items that the model does not have now")
-            if (num := recorded.num_before_end) and model.users.journal is not None:
+            if (num := recorded["num_before_end"]) and model.users.journal is not None:
                 end = datetime.fromtimestamp(model.users.until / 1000, UTC)
                 text = f"{counted(num, 'event')} from before the end of the model's log, "
                 say(console, f"{text}{end:%Y-%m-%d %H:%M} UTC: they join no history")
@@ -190,7 +181,7 @@ class Vectors(OfModel):
     The metric is the inner product. docs/guides/engines.md loads the file into other engines.
     """
 
-    file: Annotated[PositionalPath, AfterValidator(_checked_destination)]
+    file: Annotated[PositionalPath, AfterValidator(parquet_destination)]
     """Parquet file to write; an earlier one is replaced."""
 
     def __call__(self) -> int:
@@ -230,8 +221,10 @@ class Query(OfModel):
     """Ids of the items that the user liked, oldest first, for a user whom the model does not know,
     or instead of the history that it stores."""
     similar_to: str | None = None
-    """Id of an item, in place of a user or a history: prints the items similar to it, which answer
-    the same queries."""
+    """Id of an item, in place of a user or a history: prints the items similar to it."""
+    kind: Literal["alike", "also_taken"] = "alike"
+    """How items are similar: those alike answer the same queries; those also taken stood near it in
+    people's histories, until now."""
     request: dict[str, str] = {}
     """Values of the model's request features, such as device=ios hour=8; lists and vectors with
     commas, tags=a,b place=1,2,3. From timestamp, the time of the request, such as
@@ -318,7 +311,7 @@ class Query(OfModel):
         allowed = None if self.filter is None else [list(self.filter)]
         if self.similar_to is not None:
             about["similar_to"] = item = retriever.stored.parse_id(self.similar_to)
-            ids, scores = retriever.similar([item], k, [exclude], allowed=allowed)
+            ids, scores = retriever.similar([item], k, [exclude], allowed=allowed, kind=self.kind)
         elif self.history is None:
             ids, scores, (is_known,) = retriever.retrieve_user(
                 [about["user_id"]], k, [exclude], allowed=allowed, requests=[request]

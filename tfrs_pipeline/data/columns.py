@@ -2,23 +2,20 @@
 
 - A column has the log's name, or `Reading.columns` (`item_columns`, `user_columns`) names it.
 - The type of an event and its session may have a usual name instead (`with_type_columns`).
-- A column that is left over and looks like one that the log lacks is refused: if a stage, time or
-  label is overlooked, the log silently becomes another kind of log. The error names the setting
-  that reads the column, and the setting that keeps it as an ordinary one.
+- A column that is left over and is named as one that the log lacks is refused: if a time, a label
+  or the types of events are overlooked, the log silently becomes another kind of log. The error
+  names the setting that reads the column, and the setting that keeps it as an ordinary one.
 
 `Scan.load` then renames while it reads. `schema.name_problem` says which names are allowed.
 """
 
 import difflib
-import itertools
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Collection, Mapping, Sequence
 
-from tfrs_pipeline.data import event_types, schema
-from tfrs_pipeline.data.files import Scan, quoted, text_of
+from tfrs_pipeline.data import rules, schema
+from tfrs_pipeline.data.files import Scan
 from tfrs_pipeline.data.request_features import is_from_timestamp
-from tfrs_pipeline.data.schema import DataError, Source, Stage
+from tfrs_pipeline.data.schema import DataError, Source
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.messages import printable, suggest
 
@@ -30,15 +27,9 @@ _SESSIONS = ("session_id", "session", "visit_id", "visit")
 _TIMES = ("time", "date", "datetime", "ts", "created_at", "event_time", "time_ms")
 _OUTCOMES = ("clicked", "click", "is_click", "is_clicked", "label")
 
-_NUM_LOOKED_AT = 100_000
-_MOST_STAGES = 100  # A column with more values is free text.
 _MOST_TYPES = 50  # A column with more values does not hold types.
-_ISO_TIME = re.compile(r"\d{4}-\d\d-\d\d([ tT]\d|$)")
-_STAGES = frozenset(str(stage) for stage in Stage)
 # An outcome that did not happen is often left empty.
 _NO, _YES = {"0", "0.0", "false", "n", "no", "nan", ""}, {"1", "1.0", "true", "y", "yes"}
-# What a column holds and what would read it, in words; None if it is like any other.
-Guess: TypeAlias = tuple[str, str] | None
 
 
 def with_type_columns(reading: Reading, scanned: Scan) -> Reading:
@@ -112,8 +103,8 @@ def event_columns(
     ]
     remedies = {file: f"Set columns to say which column is {name}." for name, file in names.items()}
     schema.require_all(scanned.columns, remedies, source, "columns", problems)
-    if unread:
-        _refuse_overlooked(scanned, unread, absent)
+    if "stage" in absent:
+        _refuse_overlooked(scanned, unread)
     return names, unread
 
 
@@ -169,100 +160,31 @@ def _log_name(column: str, absent: Collection[str]) -> str:
     return next(iter([*near, *usual]), "")
 
 
-class Unread(NamedTuple):
-    """An unread column: its name, DuckDB's name of its type, and the texts in its first rows."""
+def _refuse_overlooked(scanned: Scan, unread: Sequence[str]) -> None:
+    """Refuses (`DataError`) unread columns that are named as outcomes or types of events.
 
-    name: str
-    type: str
-    texts: set[str]
-
-    @property
-    def is_text(self) -> bool:
-        """Whether it holds text."""
-        return self.type.startswith(("VARCHAR", "ENUM"))
-
-
-def _refuse_overlooked(scanned: Scan, unread: Sequence[str], absent: Collection[str]) -> None:
-    """Refuses (`DataError`) unread columns that look like one of the log's `absent` ones."""
-    guesses = [guess for guess in _GUESSES if guess[0] in absent]
-    columns = _look(scanned, unread) if guesses else []
-    for (_, look, setting), column in itertools.product(guesses, columns):
-        if guess := look(column):
-            name, (holds, remedy) = printable(column.name), guess
-            raise DataError(
-                f"{Source(scanned.name).column(column.name)} is not read and holds {holds}. "
-                f"{remedy} {name}={name} to columns, if it is a column like others.",
-                setting,
-            )
-
-
-def _look(scanned: Scan, names: Sequence[str]) -> list[Unread]:
-    """Reads the types and first values of columns; nested columns are left out."""
-    tests = ", ".join(
-        f"any_value(typeof({quoted(name)})), list(DISTINCT {text_of(name)})" for name in names
-    )
-    rows = scanned.fetch(names, lambda rows: rows.limit(_NUM_LOOKED_AT).aggregate(tests))
-    values = iter(rows[0] if rows else ())  # Type and texts in turn; nothing from a stream.
-    return [
-        Unread(name, type_ or "", {text.strip() for text in texts or ()})
-        for name, type_, texts in zip(names, values, values, strict=False)
-        if not (type_ or "").startswith(("STRUCT", "MAP", "UNION")) and "[" not in (type_ or "")
-    ]
-
-
-def _stages(column: Unread) -> Guess:
-    """Guesses stages if a known one is among few values.
-
-    Unknown stages may be among them, because teams add their own.
+    Only if the values differ too: otherwise all rows are alike, and may be clicks.
     """
-    texts = column.texts - {""}
-    others = printable(", ".join(sorted(texts - _STAGES)), 100)
-    and_others = f" and the stages of {others} to stage_values" if others else ""
-    name = printable(column.name)
-    guess = "stages, and the log has no stage", f"Add stage={name} to columns{and_others}; or"
-    is_guessed = column.is_text and len(texts) <= _MOST_STAGES
-    return guess if is_guessed and _STAGES & {*map(str.lower, texts)} else None
-
-
-def _times(column: Unread) -> Guess:
-    """Guesses times by the column's type, or if over .9 of its values are times."""
-    texts = column.texts - {""} if column.is_text else set()
-    has_type = column.type.startswith(("TIMESTAMP", "DATE"))
-    if has_type or sum(map(bool, map(_ISO_TIME.match, texts))) > 0.9 * len(texts):
-        remedy = f"Add timestamp={printable(column.name)} to columns; or"
-        return "times, and the log has no timestamp", remedy
-    return None
-
-
-def _outcome(column: Unread) -> Guess:
-    """Guesses an outcome by a usual name and both values."""
-    texts = {text.lower() for text in column.texts}
-    holds = (
-        "1 (or true, or yes) in some rows and 0 or nothing in others, and the log has no stage, "
-        "rating or label: every row would be a click"
-    )
-    remedy = f"Add {printable(column.name)}=1 to label; or"
-    is_guessed = column.name.lower() in _OUTCOMES and texts & _NO and texts & _YES
-    return (holds, remedy) if is_guessed else None
-
-
-def _types(column: Unread) -> Guess:
-    """Guesses types if their column has a usual name and they are few."""
-    types = sorted(column.texts - {""})
-    if column.name.lower() not in _TYPES or not 1 < len(types) <= _MOST_TYPES:
-        return None
-    listed, weights = printable(", ".join(types), 200), printable(event_types.suggested(types), 200)
-    return (
-        f"{len(types)} types of events ({listed}): every row would be a click",
-        f"Set event_weights, such as {weights} (a number is the weight of a positive; exposed was "
-        "only shown; other types are dropped); or add",
-    )
-
-
-# The column that the log must lack -> what an unread column may be instead, and the setting for it.
-_GUESSES: tuple[tuple[str, Callable[[Unread], Guess], str], ...] = (
-    ("stage", _stages, "columns"),
-    ("timestamp", _times, "columns"),
-    ("stage", _outcome, "label"),
-    ("stage", _types, "event_weights"),
-)
+    for column in unread:
+        is_type = column.lower() in _TYPES
+        if not is_type and column.lower() not in _OUTCOMES:
+            continue
+        values, name = scanned.texts(column, _MOST_TYPES + 1), printable(column)
+        where = f"{Source(scanned.name).column(column)} is not read and holds"
+        otherwise = f"{name}={name} to columns, if it is a column like others."
+        lower = {value.lower() for value in values}
+        if not is_type and lower & _NO and lower & _YES:
+            raise DataError(
+                f"{where} 1 (or true, or yes) in some rows and 0 or nothing in others, and the log "
+                "has no stage, rating or label: every row would be a click. Add "
+                f"{name}=1 to label; or {otherwise}",
+                "label",
+            )
+        types = [value for value in values if value and value[0] not in "[{"]
+        if is_type and 1 < len(types) <= _MOST_TYPES:
+            raise DataError(
+                f"{where} {len(types)} types of events ({printable(', '.join(types), 200)}): every "
+                f"row would be a click. {rules.SET_WEIGHTS} (a number is the weight of a positive; "
+                f"exposed was only shown; other types are dropped); or add {otherwise}",
+                "event_weights",
+            )

@@ -9,7 +9,7 @@ import ibis
 import ibis.expr.types as ir
 import numpy as np
 
-from tfrs_pipeline.data import event_types, rules, schema, values
+from tfrs_pipeline.data import rules, schema, values
 from tfrs_pipeline.data.columns import event_columns, stage_column
 from tfrs_pipeline.data.files import Scan
 from tfrs_pipeline.data.raw_table import RawTable, store
@@ -57,8 +57,6 @@ def load_events(
     for name in names:
         if name in reading.label:
             typed[name] = values.to_outcome(raw, name)
-            if "weight" not in names and not typed[name].type().is_boolean():
-                _note_amounts(raw, name, typed[name])
         elif name not in typed and name not in (stages_in, "weight"):
             typed[name] = _other_column(raw, name)
     if reading.label:
@@ -103,8 +101,7 @@ def _keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTab
     if counts and not counts.keys() & weights.keys():
         raise DataError(
             f"{raw.source.column('event')}: no row has a type with a weight. The types are "
-            f"{printable(', '.join(sorted(counts)), 200)}. Set event_weights, such as "
-            f"{printable(event_types.suggested(counts), 200)}.",
+            f"{printable(', '.join(sorted(counts)), 200)}. {rules.SET_WEIGHTS}.",
             "event_weights",
         )
     meanings = (
@@ -184,19 +181,6 @@ def _judged_by_label(
     new_stage = (weight > 0).ifelse(Stage.CLICKED.value, Stage.EXPOSED.value)
     is_weighed = was_exposed & (weight > 0)
     return was_exposed.ifelse(new_stage, stage), is_weighed.ifelse(weight, 1.0)
-
-
-def _note_amounts(raw: RawTable, name: str, outcome: ir.Value) -> None:
-    """Notes that a label of amounts, such as seconds, is taken as yes or no."""
-    above = outcome > 0
-    low, high = raw.aggregate(low=outcome.min(where=above), high=outcome.max(where=above)).values()
-    if low != high:
-        column = printable(raw.source.columns.get(name, name))
-        raw.notes.append(
-            f"{raw.source.column(name)} is in the label with numbers from {low:g} to {high:g}: all "
-            f"above 0 weigh the same. To weigh each by its number, add weight={column} to columns; "
-            f"for a threshold, set rating={column} there and rating_threshold instead of the label"
-        )
 
 
 def _weights(raw: RawTable, stage: ir.StringValue, max_weight: float | None) -> ir.FloatingValue:

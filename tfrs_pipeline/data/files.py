@@ -7,7 +7,7 @@ import glob
 import gzip
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -55,15 +55,17 @@ class Scan:
         """Names of the columns."""
         return self.source.columns
 
-    def fetch(
-        self, columns: Sequence[str], query: Callable[[Relation], Relation]
-    ) -> list[tuple[Any, ...]]:
-        """Returns the rows of a query on columns, which `load` reads again; none of a stream."""
-        if self.is_stream or not columns:
+    def texts(self, column: str, most: int) -> list[str]:
+        """Returns the first `most` distinct texts of a column, sorted; none of a stream.
+
+        Null is "". `load` reads the rows again.
+        """
+        if self.is_stream:
             return []
+        text = f"coalesce(CAST({quoted(column)} AS VARCHAR), '')"
         with self._reading():
-            rows = self._open(columns).project(", ".join(map(quoted, columns)))
-            return query(rows).fetchall()
+            rows = self._open([column]).project(f"trim({text}) AS text").distinct().limit(most)
+            return sorted(text.strip() for (text,) in rows.fetchall())
 
     def load(self, names: Mapping[str, str], renaming: str = "columns") -> RawTable:
         """Reads columns, once, and counts broken lines; `names` maps new names to those here.
@@ -408,11 +410,6 @@ def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
 def quoted(column: str) -> str:
     """Returns the name of a column for SQL."""
     return '"' + column.replace('"', '""') + '"'
-
-
-def text_of(column: str) -> str:
-    """Returns the SQL for the stripped text of a column, "" where it is null."""
-    return f"coalesce(trim(CAST({quoted(column)} AS VARCHAR)), '')"
 
 
 def _quote(text: str) -> str:

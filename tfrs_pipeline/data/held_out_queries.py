@@ -49,8 +49,6 @@ class Holdout:
         by: What has a query: a user or a request; see `Split.holdout`.
         exposure: [num_candidates] how readily the log showed each item, up to a factor; None if
             unknown. See `tfrs_pipeline.evaluation.metrics`.
-        num_tied: Per query, how many of `relevant` were clicked at the time of another positive of
-            their user. None if that is not known.
         requests: Per query, the raw features, by name, of the request that brought the first
             target. None in a log without request features.
         history_times: Per query, the time of each item of `histories`, in whole seconds since 1970.
@@ -73,7 +71,6 @@ class Holdout:
     num_sampled_from: int | None = None
     by: schema.AskedBy = "users"
     exposure: np.ndarray | None = None
-    num_tied: list[int] | None = None
     requests: list[dict[str, Any]] | None = None
     history_times: list[np.ndarray] | None = None
     times: np.ndarray | None = None
@@ -202,8 +199,8 @@ def make_holdout(
     if by != "users":
         _refuse_endless(rows, part)
     # Lists of different lengths are cut in NumPy: DuckDB would hold them in memory.
-    names = ("item_id", "_is_positive", "_is_dislike", "_is_tied")
-    ids, was_clicked, was_disliked, is_tied = (rows[name].to_numpy() for name in names)
+    names = ("item_id", "_is_positive", "_is_dislike")
+    ids, was_clicked, was_disliked = (rows[name].to_numpy() for name in names)
     seconds = rows["_seconds"].to_numpy() if "timestamp" in split.columns else None
     request_numbers = numbered(rows["_request"])
     first = []
@@ -219,7 +216,6 @@ def make_holdout(
             history = history[~np.isin(ids[history], disliked)]
         lists["histories"].append(ids[history])
         lists["relevant"].append(np.unique(ids[targets]))
-        lists["num_tied"].append(len(np.unique(ids[targets[is_tied[targets]]])))
         lists["clicked"].append(np.unique(ids[clicked]))
         lists["seen"].append(np.unique(ids[before]))
         if log.disliked is not None:
@@ -293,9 +289,6 @@ def _read_events(split: ibis.Table, part: EvaluationPart, by: schema.AskedBy, lo
         events = rows.rename(time="_time")
         counts = with_num_before(queries, events, "user_id", log.ties, "_num_before")
         rows = rows.left_join(counts.select("event_number", "_num_before"), "event_number")
-    # Of one user, at one time.
-    num_together = rows["_is_positive"].sum().over(ibis.window(group_by=["user_id", "_time"]))
-    rows = rows.mutate(_is_tied=num_together > 1)
     return rows.order_by(["user_id", "_time", "event_number"]).to_pyarrow()
 
 

@@ -11,6 +11,7 @@ LINES_REMEDY = (
     "Give CSV in UTF-8 with a header, the same number of fields and the same line ending in each "
     "line, and quotes that close; or Parquet."
 )
+SET_WEIGHTS = "Set event_weights, such as purchase=5 click=1 view=exposed report=disliked"
 
 
 class Rule(NamedTuple):
@@ -65,8 +66,8 @@ UNKNOWN_STAGE = Rule(
 NO_RATING = Rule("is null or NaN", "Rate these rows.")
 NOT_AN_OUTCOME = Rule(
     "is in the label and no number",
-    "Leave it null where the outcome does not hold. If it holds types of events, set event_weights "
-    "(such as purchase=5 view=exposed) instead.",
+    "Leave it null where the outcome does not hold. If it holds types of events, name its column "
+    f"event, and: {SET_WEIGHTS}.",
     "label",
 )
 WEIGHT = Rule(

@@ -11,11 +11,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 import ibis
 import numpy as np
 import scipy.sparse
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from scipy.linalg import lapack
 from threadpoolctl import threadpool_limits
 
@@ -29,10 +30,10 @@ from tfrs_pipeline.evaluation.interactions import (
     count_users,
     history_columns,
     history_matrix,
-    items_of,
 )
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, Retriever, check_asked
 from tfrs_pipeline.search.topk import ScoreRetriever, best_places
+from tfrs_pipeline.settings import checked
 
 if TYPE_CHECKING:
     from implicit.cpu.als import AlternatingLeastSquares
@@ -80,7 +81,7 @@ class Baseline:
 _LATEST = (1.0, 0.2, 0.05, 0.01)
 
 
-@dataclass(frozen=True)
+@checked
 class MostPopular(Baseline):
     """Retrieves the same candidates for everyone: those with the most users in training.
 
@@ -95,7 +96,7 @@ class MostPopular(Baseline):
         array([['b']], dtype=object)
     """
 
-    latest: float = 1.0
+    latest: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     label = "popularity"
 
@@ -104,24 +105,18 @@ class MostPopular(Baseline):
         """Returns several shares of the latest positives for a test on later days."""
         return [cls(latest) for latest in (_LATEST if by_time else (1.0,))]
 
-    def __post_init__(self) -> None:
-        if not 0 < self.latest <= 1:
-            raise ValueError(f"latest must be in (0, 1]. Received: {self.latest}.")
-
     def fit(self, train: Log | Interactions) -> "FittedPopularity":
         """Counts the users of each candidate of a log, or of interactions.
 
         A `ValueError` if `latest` is below 1 without timestamps; interactions have none.
         """
-        if isinstance(train, Interactions):
-            if self.latest < 1:
-                raise ValueError("latest needs times, which interactions lack: fit it to a log.")
-            return FittedPopularity(train.items, train.counts)
-        items = items_of(train)
-        positives = train.positives()
-        counts = count_users(positives, items)
+        whole = Interactions.of(train)
+        items, counts = whole.items, whole.counts
         if self.latest < 1:
-            counts = count_users(_latest(positives, self.latest), items) + _below_one(counts)
+            if isinstance(train, Interactions):
+                raise ValueError("latest needs times, which interactions lack: fit it to a log.")
+            latest = _latest(train.positives(), self.latest)
+            counts = count_users(latest, items) + _below_one(counts)
         return FittedPopularity(items, counts)
 
 
@@ -146,7 +141,7 @@ class FittedPopularity:
         return self.items.take(rows), scores.astype(np.float32)
 
 
-@dataclass(frozen=True)
+@checked
 class Repeats(Baseline):
     """Retrieves the user's history, the most frequent items first, then the latest, then others.
 
@@ -189,7 +184,7 @@ _DECAY = 0.8
 _BEFORE = 0.3
 
 
-@dataclass(frozen=True)
+@checked
 class Transitions(Baseline):
     """Retrieves what came next after the last two items of the history; then popular items.
 
@@ -214,14 +209,10 @@ class Transitions(Baseline):
                ['a', 'b']], dtype=object)
     """
 
-    prior: float = 100.0
-    window: int = 3
+    prior: PositiveFloat = 100.0
+    window: PositiveInt = 3
 
     label = "item-to-item transitions"
-
-    def __post_init__(self) -> None:
-        if self.prior <= 0 or self.window < 1:
-            raise ValueError(f"prior must be above 0, window 1 or more. Received: {self}.")
 
     def fit(self, train: Log | Sequences) -> ScoreRetriever:
         """Counts the transitions of a log, or of sequences; a `ValueError` if it has no order."""
@@ -265,7 +256,7 @@ _MAX_PAIRS = 1 << 28
 _MAX_NEIGHBORS = 1 << 25
 
 
-@dataclass(frozen=True)
+@checked
 class ItemKnn(Baseline):
     """ItemKNN: retrieves the items that have most users in common with the history; then popular.
 
@@ -298,10 +289,10 @@ class ItemKnn(Baseline):
         array([['b']], dtype=object)
     """
 
-    alpha: float = 0.7
-    shrinkage: float = 2.0
-    decay: float = 0.9
-    num_neighbors: int = 100
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.7
+    shrinkage: NonNegativeFloat = 2.0
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.9
+    num_neighbors: PositiveInt = 100
     own_items: bool = False
 
     label = "ItemKNN"
@@ -315,14 +306,6 @@ class ItemKnn(Baseline):
             for shrinkage, own_items in choices
             for decay in (0.7, 0.9, 1.0)
         ]
-
-    def __post_init__(self) -> None:
-        is_in_range = 0 <= self.alpha <= 1 and 0 < self.decay <= 1
-        if not is_in_range or self.shrinkage < 0 or self.num_neighbors < 1:
-            raise ValueError(
-                "alpha must be in [0, 1], decay in (0, 1], shrinkage 0 or more, num_neighbors 1 or "
-                f"more. Received: {self}."
-            )
 
     def fit(self, train: Log | Interactions) -> ScoreRetriever:
         """Finds each candidate's neighbors in a log, or in interactions."""
@@ -373,7 +356,7 @@ class ItemKnn(Baseline):
         return ScoreRetriever(train.items, score)
 
 
-@dataclass(frozen=True)
+@checked
 class Ease(Baseline):
     """EASE: a linear autoencoder of histories, solved in closed form; strong if it fits in memory.
 
@@ -386,14 +369,10 @@ class Ease(Baseline):
     Reference: Steck 2019, Embarrassingly Shallow Autoencoders for Sparse Data.
     """
 
-    l2: float = 200.0
+    l2: PositiveFloat = 200.0
     max_candidates: int = field(default=20_000, kw_only=True, repr=False)
 
     label = "EASE"
-
-    def __post_init__(self) -> None:
-        if self.l2 <= 0:
-            raise ValueError(f"l2 must be above 0. Received: {self.l2}.")
 
     def fit(self, train: Log | Interactions) -> ScoreRetriever:
         """Solves for the item-to-item weights.
@@ -417,7 +396,7 @@ class Ease(Baseline):
         return _by_product(train, lambda histories: histories @ weights)
 
 
-@dataclass(frozen=True)
+@checked
 class Ials(Baseline):
     """Implicit ALS: matrix factorization of all cells, with clicked ones weighted by `alpha`.
 
@@ -431,10 +410,10 @@ class Ials(Baseline):
     the solver is that of the library `implicit`.
     """
 
-    num_factors: int = 128
-    regularization: float = 30.0
-    alpha: float = 6.0
-    num_iterations: int = field(default=15, kw_only=True, repr=False)
+    num_factors: PositiveInt = 128
+    regularization: NonNegativeFloat = 30.0
+    alpha: PositiveFloat = 6.0
+    num_iterations: PositiveInt = field(default=15, kw_only=True, repr=False)
     seed: int = field(default=0, kw_only=True, repr=False)
     num_threads: int = field(default=0, kw_only=True, repr=False)
 
@@ -444,14 +423,6 @@ class Ials(Baseline):
     def forms(cls, *, seed: int, by_time: bool, exclude: Exclude) -> Sequence[Self]:
         """Returns one form, which starts from the run's seed."""
         return [cls(seed=seed)]
-
-    def __post_init__(self) -> None:
-        is_whole = min(self.num_factors, self.num_iterations) >= 1
-        if not is_whole or self.regularization < 0 or self.alpha <= 0:
-            raise ValueError(
-                "num_factors and num_iterations must be 1 or more, regularization 0 or more, "
-                f"alpha above 0. Received: {self}, num_iterations={self.num_iterations}."
-            )
 
     def fit(self, train: Log | Interactions) -> ScoreRetriever:
         """Factorizes the positives of a log, or interactions."""

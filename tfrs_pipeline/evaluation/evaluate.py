@@ -315,7 +315,6 @@ def _measure(
         relevant_popularity=float(counts[to_find].sum() / truth.num_relevant.sum()),
         num_sampled_from=truth.holdout.num_sampled_from,
         num_even=None if truth.even is None else truth.even.num,
-        num_tied=sum(truth.holdout.num_tied or ()),
     )
 
 

@@ -74,8 +74,6 @@ class EvaluationResult:
         num_sampled_from: Queries that the measured ones were sampled from; None without sampling.
         num_even: Effective number of relevant items (Kish) that "even_recall@k" rests on; None
             without it. See `tfrs_pipeline.evaluation.metrics`.
-        num_tied: Relevant items, excluded ones included, that were clicked at the time of another
-            positive of their user; 0 if that is not known.
     """
 
     user_ids: np.ndarray = field(repr=False)
@@ -90,7 +88,6 @@ class EvaluationResult:
     relevant_popularity: float
     num_sampled_from: int | None = None
     num_even: int | None = None
-    num_tied: int = 0
 
     @property
     def per_query(self) -> Mapping[str, np.ndarray]:
@@ -98,9 +95,8 @@ class EvaluationResult:
         return self.overall.per_query
 
     def describe(self) -> list[str]:
-        """Describes, in lines for a person, what was left out, is hard to find or is tied."""
+        """Describes, in lines for a person, what was left out or is hard to find."""
         num, num_relevant = len(self.user_ids), self.overall.num_relevant
-        num_before = num_relevant + self.num_relevant_excluded
         sampled_from = counted(self.num_sampled_from or 0, "query")
         is_many = self.num_relevant_excluded and self.num_skipped >= 0.05 * (num + self.num_skipped)
         hint = "; if own items may come again, set evaluation.exclude to none (docs/guides/seen.md)"
@@ -117,9 +113,6 @@ class EvaluationResult:
             (self.num_relevant_unclicked > 0.1 * num_relevant,
              f"{self.num_relevant_unclicked:,} of {num_relevant:,} items to find have no positive "
              "in training"),
-            (self.num_tied > 0.1 * num_before,
-             f"{self.num_tied:,} of {num_before:,} items to find have the time of another click of "
-             "their user"),
         ]  # fmt: skip
         # A remark on a tenth of the queries or less would only distract.
         return [line for is_needed, line in lines if is_needed]

@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeAlias
@@ -94,7 +94,9 @@ def train(
     set_optimizer(network, settings, settings.max_epochs * steps, first_step)
     with contextlib.ExitStack() as stack:
         kept = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        keeper = _BestEpoch(settings, last, validate, kept, folder is not None, on_epoch, tell)
+        keeper = _BestEpoch(
+            settings, last, validate, Checkpoints(kept), folder is not None, on_epoch, tell
+        )
         epoch = keeper.resume(network)
         if not epoch and start is not None:
             start(network)
@@ -130,28 +132,25 @@ def _dataset_of(
     return strategy.distribute_datasets_from_function(worker_slices)
 
 
+@dataclass(eq=False)
 class _BestEpoch(tf.keras.callbacks.Callback):
     """Stops early and keeps the best epoch in a folder; `saves_all` keeps the last one too."""
 
-    def __init__(
-        self,
-        settings: TrainingSettings,
-        max_epochs: int,
-        validate: Validate | None,
-        folder: Path,
-        saves_all: bool,
-        on_epoch: OnEpoch | None,
-        tell: Tell | None,
-    ) -> None:
+    settings: TrainingSettings
+    max_epochs: int
+    validate: Validate | None
+    saved: Checkpoints
+    saves_all: bool
+    on_epoch: OnEpoch | None
+    tell: Tell | None
+    history: History = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
         super().__init__()
         # Keras's default, False, would fetch the loss of each step, which is not read.
         self._supports_tf_logs = True
-        self._settings, self._max_epochs, self._validate = settings, max_epochs, validate
-        self._saved, self._saves_all = Checkpoints(folder), saves_all
-        self._on_epoch, self._tell = on_epoch, tell
         self._started = self._last_line = self._seconds_before = 0.0
         self._resumed_after = 0
-        self.history: History = {}
 
     @property
     def result(self) -> TrainingResult:
@@ -162,25 +161,25 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         return TrainingResult(self.history, best_epoch, seconds, self._resumed_after)
 
     def _best_epoch(self, history: History) -> int:
-        if self._validate is None:
+        if self.validate is None:
             return len(history.get("loss", []))
-        values = history.get(f"val_{self._settings.monitor}", [])
+        values = history.get(f"val_{self.settings.monitor}", [])
         # Of equal values the earliest: more epochs that gain nothing only overfit.
         return int(np.argmax(values)) + 1 if values else 0
 
     @property
     def is_over(self) -> bool:
         """Whether patience has run out."""
-        return self._validate is not None and self.result.num_waited >= self._settings.patience
+        return self.validate is not None and self.result.num_waited >= self.settings.patience
 
     def on_train_batch_end(self, batch: int, logs: object = None) -> None:
         now = time.monotonic()
         self._started = self._started or now
         if not batch:
             self._last_line = now
-        if self._tell is not None and now - self._last_line >= messages.SECONDS_BETWEEN_LINES:
+        if self.tell is not None and now - self._last_line >= messages.SECONDS_BETWEEN_LINES:
             self._last_line, done = now, self.result.num_epochs
-            self._tell(done, f"epoch {done + 1}: {batch + 1:,}/{self.params['steps']:,} steps")
+            self.tell(done, f"epoch {done + 1}: {batch + 1:,}/{self.params['steps']:,} steps")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         # Fetched once an epoch, because a fetch waits for all steps before it.
@@ -195,22 +194,22 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         for name, value in logs.items():
             self.history.setdefault(name, []).append(value)
         # Without a folder to resume from, only an epoch to return to is saved.
-        is_best = self._validate is not None and self.result.best_epoch == epoch + 1
-        if self._saves_all or is_best:
+        is_best = self.validate is not None and self.result.best_epoch == epoch + 1
+        if self.saves_all or is_best:
             on_chief(lambda: self._save(epoch + 1))
         if self.is_over:
             self.model.stop_training = True
-        if self._tell is not None:
-            line = describe_epoch(self.result, self._settings.monitor, self._max_epochs)
-            self._tell(epoch + 1, line)
-        if self._on_epoch is not None:
-            self._on_epoch(self.result)
+        if self.tell is not None:
+            line = describe_epoch(self.result, self.settings.monitor, self.max_epochs)
+            self.tell(epoch + 1, line)
+        if self.on_epoch is not None:
+            self.on_epoch(self.result)
 
     def _validated(self, logs: dict[str, float]) -> dict[str, float]:
         """Adds what validation measures to the logs of an epoch."""
-        metrics = {} if self._validate is None else self._validate()
-        monitor = self._settings.monitor
-        if self._validate is not None and monitor not in metrics:
+        metrics = {} if self.validate is None else self.validate()
+        monitor = self.settings.monitor
+        if self.validate is not None and monitor not in metrics:
             raise ValueError(
                 f"Cannot monitor {monitor!r}: validation measures {list(metrics)}. Add "
                 "its cutoff to evaluation.cutoffs, or set training.monitor to one of these."
@@ -222,21 +221,21 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         self._seconds_before, self._started = result.seconds, 0.0
         if result.best_epoch < result.num_epochs:
             # Restores the optimizer state too, because another training may start from it.
-            self._saved.read(network, result.best_epoch)
+            self.saved.read(network, result.best_epoch)
 
     def resume(self, network: TwoTowerNetwork) -> int:
         """Loads the last saved epoch that is whole; returns its number, 0 if there is none."""
-        epoch, record = on_chief(lambda: self._saved.last_whole(self._best_epoch))
+        epoch, record = on_chief(lambda: self.saved.last_whole(self._best_epoch))
         self.history, self._seconds_before = record["history"], record["seconds"]
         if epoch:
-            self._saved.read(network, epoch)
+            self.saved.read(network, epoch)
         self._resumed_after = epoch
         return epoch
 
     def _save(self, epoch: int) -> None:
         so_far = self.result
         record = {"history": so_far.history, "seconds": so_far.seconds}
-        self._saved.save(self.model, epoch, so_far.best_epoch, record)
+        self.saved.save(self.model, epoch, so_far.best_epoch, record)
 
 
 def describe_data(
@@ -245,7 +244,7 @@ def describe_data(
     settings: TwoTowerSettings,
     training: TrainingSettings,
 ) -> list[str]:
-    """Describes what histories lack, what batches never draw and mask, and batches too small."""
+    """Describes what histories lack, what batches never draw, and batches too small."""
     notes = []
     reading = sorted({"recency", "attention"}.intersection(settings.history_pooling))
     if reading and data.samples.num_earlier is None:
@@ -258,8 +257,6 @@ def describe_data(
     if (is_later := data.samples.is_later) is not None:
         num = counted(int(is_later.sum()), "item")
         notes.append(f"{num} came after the training: new to it, and nobody's negatives")
-    masked = ", ".join(f"{share:.2%} {why}" for why, share in batches.masked_shares().items())
-    notes.append(f"masked in the columns that rows share: {masked}")
     if settings.hard is not None and settings.correction == "none":
         notes.append(
             "without the correction hard negatives count like all others: their share has no effect"

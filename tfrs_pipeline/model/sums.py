@@ -74,13 +74,11 @@ class Projection(NamedTuple):
     """How members' vectors become those of their sum: sum over i of x_i A_i, where A_i is [D_i, D].
 
     Attributes:
-        queries: A_i for the queries of each member i, float32.
-        candidates: A_i for its candidates, float32.
+        matrices: A_i for the queries and A_i for the candidates of each member i, float32.
         has_bias: Whether the last entries of the sum are as in `Vectors` with `has_bias`.
     """
 
-    queries: Sequence[np.ndarray]
-    candidates: Sequence[np.ndarray]
+    matrices: Sequence[tuple[np.ndarray, np.ndarray]]
     has_bias: bool
 
     def __call__(self, members: Sequence[Vectors]) -> Vectors:
@@ -88,13 +86,9 @@ class Projection(NamedTuple):
 
         With a rotation, these are approximated.
         """
-        queries = sum(
-            member.queries @ matrix for member, matrix in zip(members, self.queries, strict=True)
-        )
-        candidates = sum(
-            member.candidates @ matrix
-            for member, matrix in zip(members, self.candidates, strict=True)
-        )
+        pairs = [*zip(members, self.matrices, strict=True)]
+        queries = sum(member.queries @ matrix for member, (matrix, _) in pairs)
+        candidates = sum(member.candidates @ matrix for member, (_, matrix) in pairs)
         return Vectors(np.asarray(queries), np.asarray(candidates), self.has_bias)
 
 
@@ -125,23 +119,23 @@ def projection(
     num_biases = int(any(member.has_bias for member in members))
     widths = [member.queries.shape[1] - member.has_bias for member in members]
     starts, width = np.cumsum([0, *widths[:-1]]), sum(widths)
-    query_matrices, candidate_matrices, is_first_bias = [], [], True
+    matrices, is_first_bias = [], True
     for member, weight, start, size in zip(members, weights, starts, widths, strict=True):
         # The root on both sides, so that products of two candidates, by which similar items are
         # found, are weighted alike.
-        matrix = np.zeros((member.queries.shape[1], width + num_biases))
-        matrix[range(size), range(start, start + size)] = np.sqrt(weight)
-        query_matrices.append(matrix)
-        candidate_matrices.append(matrix.copy())
+        of_queries = np.zeros((member.queries.shape[1], width + num_biases))
+        of_queries[range(size), range(start, start + size)] = np.sqrt(weight)
+        of_candidates = of_queries.copy()
         if member.has_bias:
             # A query's last entries, all 1, become one: only the first member's is kept.
-            query_matrices[-1][-1, -1], candidate_matrices[-1][-1, -1] = is_first_bias, weight
+            of_queries[-1, -1], of_candidates[-1, -1] = is_first_bias, weight
             is_first_bias = False
-    joined = Projection(query_matrices, candidate_matrices, bool(num_biases))
+        matrices.append((of_queries, of_candidates))
+    joined = _rounded(matrices, num_biases)
     if dim is None or dim >= width + num_biases:
-        return _as_float32(joined)
+        return joined
     # In float32, since the joined vectors of a long corpus are large; their products are small.
-    vectors = _as_float32(joined)(members)
+    vectors = joined(members)
     queries, candidates = vectors.queries[:, :width], vectors.candidates[:, :width]
     # In float64: rounding would make the moments of fewer queries than dimensions indefinite.
     wide = queries.astype(np.float64)
@@ -157,24 +151,20 @@ def projection(
     # found, are those of their joined vectors, as far as these lie in it. Queries take the rest.
     basis, rest = np.linalg.qr(factor @ kept)
     rotate_queries = scipy.linalg.solve_triangular(factor, kept, lower=True, trans="T") @ rest.T
-    query_rotation, candidate_rotation = (
+    rotations = [
         scipy.linalg.block_diag(rotation, np.eye(num_biases))
         for rotation in (rotate_queries, basis)
-    )
-    return _as_float32(
-        Projection(
-            [matrix @ query_rotation for matrix in query_matrices],
-            [matrix @ candidate_rotation for matrix in candidate_matrices],
-            bool(num_biases),
-        )
-    )
+    ]
+    rotated = [
+        (of_queries @ rotations[0], of_candidates @ rotations[1])
+        for of_queries, of_candidates in matrices
+    ]
+    return _rounded(rotated, num_biases)
 
 
-def _as_float32(projection: Projection) -> Projection:
-    queries, candidates = (
-        [np.asarray(matrix, np.float32) for matrix in matrices] for matrices in projection[:2]
-    )
-    return Projection(queries, candidates, projection.has_bias)
+def _rounded(matrices: Sequence[tuple[np.ndarray, np.ndarray]], num_biases: int) -> Projection:
+    pairs = [(a.astype(np.float32), b.astype(np.float32)) for a, b in matrices]
+    return Projection(pairs, bool(num_biases))
 
 
 Member: TypeAlias = Fitted | Exportable
@@ -266,13 +256,14 @@ class FittedSum(Fitted):
     def towers(self) -> Exportable:
         """The towers of all members as one, each of which reads its part of the inputs."""
         members = [member.towers for member in self.members.values()]
+        pairs = [*zip(members, self.projection.matrices, strict=True)]
 
         # Inputs by name: members differ in which they take.
         def embed_queries(
             query_rows: tf.Tensor, history_rows: tf.Tensor, **inputs: Any
         ) -> tf.Tensor:
             parts = []
-            for member, matrix in zip(members, self.projection.queries, strict=True):
+            for member, (matrix, _) in pairs:
                 length = member.history_length
                 features = *member.query_features, *member.request_features
                 arguments = _features_argument(features, inputs)
@@ -289,7 +280,7 @@ class FittedSum(Fitted):
                     rows, **_features_argument(member.candidate_features, inputs)
                 )
                 @ matrix
-                for member, matrix in zip(members, self.projection.candidates, strict=True)
+                for member, (_, matrix) in pairs
             ]
             return tf.add_n(parts)
 
@@ -297,14 +288,9 @@ class FittedSum(Fitted):
         longest = max(members, key=lambda member: member.history_length)
         all_times = (member.history_times for member in members)
         history_times = next((times for times in all_times if times is not None), None)
-        features: dict[str, Any] = {}
-        for side in _SIDES:
-            by_name = {
-                feature.name: feature for member in members for feature in getattr(member, side)
-            }
-            features[side] = tuple(by_name.values())
-        features["query_columns"] = {
-            name: values for member in members for name, values in member.query_columns.items()
+        merged: dict[str, Any] = {
+            side: tuple({x.name: x for member in members for x in getattr(member, side)}.values())
+            for side in _SIDES
         }
         return dataclasses.replace(
             longest,
@@ -313,7 +299,10 @@ class FittedSum(Fitted):
             variables=[variable for member in members for variable in member.variables],
             history_times=history_times,
             has_item_bias=self.projection.has_bias,
-            **features,
+            query_columns={
+                name: x for member in members for name, x in member.query_columns.items()
+            },
+            **merged,
         )
 
 

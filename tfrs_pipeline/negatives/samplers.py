@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
-import pydantic.dataclasses
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.libraries import tf
 from tfrs_pipeline.messages import check_integer
-from tfrs_pipeline.settings import CHECKED, Several, from_text, refused_by_name
+from tfrs_pipeline.settings import Several, checked, from_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,15 +229,12 @@ class InBatch:
         return count
 
 
-@dataclass(frozen=True)
+@checked
 class Uniform:
     """`num` candidates per batch, 1 or more, all of the corpus equally likely, with replacement."""
 
-    num: int = 256
+    num: PositiveInt = 256
     kind: Literal["uniform"] = "uniform"
-
-    def __post_init__(self) -> None:
-        check_integer(1, num=self.num)
 
     def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Draws [num] candidate rows."""
@@ -255,24 +251,17 @@ class Uniform:
         return count
 
 
-@dataclass(frozen=True)
+@checked
 class Popularity:
     """`num` candidates per batch, p(c) proportional to clicks(c)^alpha, with replacement.
 
     `alpha` is above 0; .75 is word2vec's, 1 draws like in-batch negatives. Items without a click
-    are never drawn. A `ValueError` if an argument is out of range.
+    are never drawn. A `ConfigError` if an argument is out of range.
     """
 
-    num: int = 256
-    alpha: float = 0.75
+    num: PositiveInt = 256
+    alpha: PositiveFloat = 0.75
     kind: Literal["popularity"] = "popularity"
-
-    def __post_init__(self) -> None:
-        check_integer(1, num=self.num)
-        if not self.alpha > 0:
-            raise ValueError(
-                f"alpha must be above 0 (0 would be the kind uniform). Received: {self.alpha}"
-            )
 
     def draw(self, frame: SamplingFrame, positive_rows: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Draws [num] candidate rows."""
@@ -371,8 +360,7 @@ def _check_above_zero(share: float) -> float:
 HardShare: TypeAlias = Annotated[float, Field(lt=1), AfterValidator(_check_above_zero)]
 
 
-@refused_by_name
-@pydantic.dataclasses.dataclass(frozen=True, config=CHECKED)
+@checked
 class FunnelLosers:
     """Items that lost in the positive's own request.
 

@@ -33,11 +33,11 @@ class UnknownItem(ValueError):
 class FilterValues:
     """The values by which requests may choose candidates.
 
-    They have the codes 1, 2, ... in the order in which `encode` first sees them.
+    They have the codes 1, 2, ... in the order of `values`, and then of those that `encode` sees.
     """
 
-    def __init__(self) -> None:
-        self.code_of: dict[str, int] = {}
+    def __init__(self, values: Iterable[str] = ()) -> None:
+        self.code_of = {value: code for code, value in enumerate(values, 1)}
 
     def encode(self, column: Any) -> np.ndarray:
         """Returns the codes of new rows' values, [n, any] int32 padded with 0; learns new ones."""
@@ -265,23 +265,26 @@ class Candidates:
 
     def search(
         self,
-        queries: np.ndarray,
+        queries: np.ndarray | None,
         k: int,
         excluded: Sequence[Collection[Any]] | None = None,
         allowed: Sequence[Iterable[Any]] | None = None,
         *,
         exact: bool = False,
-        bonuses: Iterable[tuple[Sequence[Any] | np.ndarray, np.ndarray]] | None = None,
+        bonuses: Sequence[tuple[Sequence[Any] | np.ndarray, np.ndarray]] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Finds the k best candidates of [B, D] finite float32 queries; with `exact`, scores all.
 
         A query never gets its `excluded` ids, only candidates with one of its `allowed` values; an
         empty list allows all. `bonuses` are added to scores: for each query, [n] distinct ids and
-        [n or more] numbers, of which those after n are padding. Exact search returns the first of
-        equal candidates. Returns ids [B, k], best first, the empty id in empty slots, and scores
-        [B, k] float32, -inf there.
+        [n or more] numbers, of which those after n are padding. Without `queries`, only these are
+        found, and a score is the bonus. Exact search returns the first of equal candidates. Returns
+        ids [B, k], best first, the empty id in empty slots, and scores [B, k] float32, -inf there.
         """
-        view, num = self._view, len(queries)
+        view, is_asked = self._view, queries is not None
+        if queries is None:
+            queries = np.zeros((len(bonuses or ()), self._view.vectors.shape[1]), np.float32)
+        num = len(queries)
         excluded = [()] * num if excluded is None else excluded
         rows_left_out = [view.rows_of(ids) if len(ids) else _NO_ROWS for ids in excluded]
         chosen: list[np.ndarray | None] = [None] * num
@@ -290,7 +293,9 @@ class Candidates:
         search = _Search(view, self._levels, queries, k, rows_left_out, chosen)
         # Candidates with a bonus are scored exactly, and merged with the best of the others.
         with_bonus = [] if bonuses is None else search.take_out(bonuses)
-        if exact or view.searcher is None:
+        if not is_asked:
+            pass
+        elif exact or view.searcher is None:
             search.score_all(list(range(num)))
         else:
             search.approximate()

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-import scipy.sparse
 
 from tfrs_pipeline.samples.store import RowLists, offsets_of
 
@@ -65,6 +64,8 @@ class ItemGraph:
             >>> rows.tolist(), weights.round(2).tolist()  # 2 / (2.5 + 2), 0.5 / (2.5 + 2)
             ([2, 3], [0.44, 0.11])
         """
+        import scipy.sparse  # A service, which builds no graph, starts without it.
+
         nearness, shape = KINDS[kind], (num_items + 1, num_items + 1)
         values = histories.values
         users = np.repeat(np.arange(len(histories)), np.diff(histories.offsets))

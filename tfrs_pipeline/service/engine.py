@@ -1,13 +1,15 @@
 """The one path of a query: raw arrays, the inputs of a tower, vectors, the search."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from tfrs_pipeline.features.encoding import encode_raw, raw_signature
 from tfrs_pipeline.retrieval import Excluded
-from tfrs_pipeline.search.candidates import Allowed, Candidates
+from tfrs_pipeline.search.candidates import Allowed, Candidates, UnknownItem
+from tfrs_pipeline.search.item_graph import ItemGraph
 from tfrs_pipeline.search.queries import (
     CANDIDATE_FEATURES,
     CANDIDATE_ROWS,
@@ -19,7 +21,14 @@ from tfrs_pipeline.search.queries import (
     padded_ids,
 )
 from tfrs_pipeline.service.parts import Parts
-from tfrs_pipeline.service.signatures import FILTERED, RETRIEVALS, SEARCH_INPUTS, SIMILAR, id_lists
+from tfrs_pipeline.service.signatures import (
+    ALSO_TAKEN,
+    FILTERED,
+    RETRIEVALS,
+    SEARCH_INPUTS,
+    SIMILAR,
+    id_lists,
+)
 from tfrs_pipeline.service.users import Users
 
 ITEMS_PER_CALL = 8192
@@ -28,24 +37,32 @@ ITEMS_PER_CALL = 8192
 class Engine:
     """Answers raw arrays by the parts of a version, its users until now, and its candidates.
 
-    `manifest` is the version's.
+    `manifest` is the version's; `graph` is what people took near each item, by default until the
+    end of the training's log.
     """
 
     def __init__(
-        self, parts: Parts, users: Users, candidates: Candidates, manifest: Mapping[str, Any]
+        self,
+        parts: Parts,
+        users: Users,
+        candidates: Candidates,
+        manifest: Mapping[str, Any],
+        graph: ItemGraph | None = None,
     ) -> None:
         self._parts, self._users, self._candidates = parts, users, candidates
         # Read now, so that a bad one is refused here, and a version may be deleted later.
         self._query_tower, self._candidate_tower = parts.query_tower, parts.candidate_tower
         self._has_bias = manifest["has_item_bias"]
-        self._bonus = parts.bonus
+        self._graph = graph or parts.stored.graph
+        self._bonus = parts.bonus and replace(parts.bonus, graph=self._graph)
 
     def answer(
         self, signature: str, inputs: Mapping[str, np.ndarray], *, exact: bool = False
     ) -> dict[str, np.ndarray]:
-        """Answers a signature of the SavedModel, with live items, events and filters too.
+        """Answers a signature of a model, with live items, events and filters.
 
-        With `exact`, every candidate is scored. Raises an `UnknownItem` for `similar`.
+        With `exact`, every candidate is scored. Raises an `UnknownItem` for `similar` and
+        `also_taken`.
         """
         if signature == "embed_candidate":
             specs = raw_signature(self._parts.inputs.features[CANDIDATE_FEATURES])
@@ -81,6 +98,17 @@ class Engine:
             vectors[:, -1] = 1  # As in a query: the item's own bias does not count.
         return {"embeddings": vectors, "known_items": [[id_] for id_ in item_ids]}
 
+    def neighbour_queries(self, item_ids: Sequence[Any]) -> dict[str, Any]:
+        """Makes queries of items for what people also took, by the weights of the item graph."""
+        rows = self._parts.stored.items.rows(item_ids)
+        unknown = [id_ for id_, row in zip(item_ids, rows, strict=True) if not row]
+        if unknown and not self._candidates.has(unknown).all():
+            raise UnknownItem(f"Item {unknown[0]!r} is unknown to this model.")
+        return {
+            "known_items": [[id_] for id_ in item_ids],
+            "with_bonus": [self._graph.of(row) for row in rows.tolist()],
+        }
+
     def search(
         self,
         embedded: dict[str, Any],
@@ -91,7 +119,8 @@ class Engine:
         exact: bool = False,
     ) -> dict[str, np.ndarray]:
         """Answers embedded queries: ids, scores, and what the model knew of each query."""
-        vectors, with_bonus = embedded.pop("embeddings"), embedded.pop("with_bonus", None)
+        # Without vectors, only items with a bonus are found.
+        vectors, with_bonus = embedded.pop("embeddings", None), embedded.pop("with_bonus", None)
         if (lists := embedded.pop("known_items", None)) is not None:
             more = [()] * len(lists) if exclude is None else exclude
             exclude = [[*known_ids, *ids] for known_ids, ids in zip(lists, more, strict=True)]
@@ -113,6 +142,8 @@ class Engine:
         """
         if name == SIMILAR:
             return self.item_queries(arrays["item_id"].tolist())
+        if name == ALSO_TAKEN:
+            return self.neighbour_queries(arrays["item_id"].tolist())
         known: dict[str, Any] = {}
         if name == "embed_user":
             users = self._users.now(arrays["user_id"].tolist())

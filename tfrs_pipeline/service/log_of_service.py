@@ -1,19 +1,20 @@
 """Writes what a model's users did and were served as the event table that a run reads, and back."""
 
 import itertools
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tfrs_pipeline.data.schema import DataError, Source, require_all, totals
-from tfrs_pipeline.durable import replacing
-from tfrs_pipeline.libraries import require
+from tfrs_pipeline.data.schema import DataError, Source, require_all
+from tfrs_pipeline.durable import parquet_destination, replacing
 from tfrs_pipeline.service.publish import version_at
 from tfrs_pipeline.service.user_events import Event, Journal
-from tfrs_pipeline.service.vectors import destination_problem
 
 if TYPE_CHECKING:
     from tfrs_pipeline.service.retriever import LoadedRetriever
@@ -60,13 +61,11 @@ def write_log(model: "str | Path | LoadedRetriever", path: str | Path) -> int:
         120000
     """
     version = version_at(model if isinstance(model, str | Path) else model.folder)
-    path, journal, num_rows = Path(path), Journal(version.parent), 0
-    if problem := destination_problem(path):
-        raise ValueError(f"path: {problem}")
+    path, journal, num_rows = parquet_destination(path), Journal(version.parent), 0
     if path.exists() and journal.has_dropped():
         today = path.with_stem(f"{path.stem}-{datetime.now(UTC):%Y-%m-%d}")
         raise ValueError(
-            f"path: {path} exists, and rows have been dropped from {journal.path}: replacing the "
+            f"{path} exists, and rows have been dropped from {journal.path}: replacing the "
             f"file may lose them. Give another path, such as {today}, or move the file away."
         )
     blocks = journal.log(BLOCK)
@@ -83,27 +82,16 @@ def write_log(model: "str | Path | LoadedRetriever", path: str | Path) -> int:
     return num_rows
 
 
-class Recorded(NamedTuple):
-    """Counts of a file's events.
-
-    Attributes:
-        num_events: All events.
-        num_new: Events that were not recorded before.
-        num_unknown_items: Events of items that the model does not retrieve now.
-        num_before_end: Events up to the end of the model's log: none of them joins a history.
-    """
-
-    num_events: int = 0
-    num_new: int = 0
-    num_unknown_items: int = 0
-    num_before_end: int = 0
-
-
-def record_file(model: "LoadedRetriever", path: str | Path) -> Recorded:
+def record_file(model: "LoadedRetriever", path: str | Path) -> Counter[str]:
     """Records the events of a Parquet file, such as `write_log` writes.
 
     Its columns are the keys of events, see `record`; the time may be called `timestamp`, and the
     type `stage`. Other columns are not read. A call that failed can be made again.
+
+    Returns:
+        `num_events`, all events; `num_new`, those not recorded before; `num_unknown_items`, those
+        of items that the model does not retrieve now; `num_before_end`, those up to the end of the
+        model's log: none of them joins a history.
 
     Raises as `record`, and a `DataError` if the file cannot be read, lacks a column, or has no
     value in one.
@@ -111,49 +99,49 @@ def record_file(model: "LoadedRetriever", path: str | Path) -> Recorded:
     # Text would leave open what is an integer, and what a time.
     if Path(path).suffix != ".parquet":
         raise DataError(f"{path}: past events come in a .parquet file")
-    require("data", "Reading a file of events")
-    from tfrs_pipeline.data.engines import connect
-    from tfrs_pipeline.data.files import scan
-
-    scanned = scan(connect(), path, "events")
-    names = {_KEYS.get(name, name): name for name in scanned.columns}
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: {error}") from None
+    names = {_KEYS.get(name, name): name for name in table.column_names}
     remedy = "Events have user_id, item_id, type (or stage) and time (or timestamp)."
     required = ("user_id", "item_id", "type", "time")
-    require_all(names, dict.fromkeys(required, remedy), Source(scanned.name))
-    events = scanned.load({key: names[key] for key in Event._fields if key in names}).table
-    counts = totals(events, num=events.count(), **{key: events[key].count() for key in required})
+    require_all(names, dict.fromkeys(required, remedy), Source(str(path)))
     for key in required:
-        if num_missing := counts["num"] - counts[key]:
+        if num_missing := table[names[key]].null_count:
             # A missing time would be taken for now, each time that the file is added.
             raise DataError(
-                f"{scanned.name}: column {names[key]!r} is missing in {num_missing:,} of "
-                f"{counts['num']:,} rows: give them one, or leave them out"
+                f"{path}: column {names[key]!r} is missing in {num_missing:,} of "
+                f"{table.num_rows:,} rows: give them one, or leave them out"
             )
+    keys = [key for key in Event._fields if key in names]
     # The events of a user lie together in the store. In another order, each write would go all over
     # its file.
-    by_user = events.order_by(["user_id", "_row"])
-    journal, recorded = Journal(model.live.folder), Recorded()
+    order = pc.sort_indices(table[names["user_id"]])
+    events = table.select([names[key] for key in keys]).rename_columns(keys).take(order)
+    if pa.types.is_timestamp(type_ := events.schema.field("time").type):
+        # Python's own times end with microseconds.
+        times = events["time"].cast(pa.timestamp("us", type_.tz), safe=False)
+        events = events.set_column(keys.index("time"), "time", times)
+    journal, counts = Journal(model.live.folder), Counter[str]()
     until = model.users.until if model.users.journal is not None else -1
-    for batch in by_user.to_pyarrow_batches(chunk_size=_EVENTS_PER_WRITE):
-        read = batch.drop_columns(["_row"]).to_pylist()
+    for start in range(0, len(events), _EVENTS_PER_WRITE):
+        read = events.slice(start, _EVENTS_PER_WRITE).to_pylist()
         try:
             checked = model.checked_events(read)
         except ValueError:
-            for row, event in zip(batch["_row"].to_pylist(), read, strict=True):
+            for row, event in zip(order[start:].to_pylist(), read, strict=False):
                 try:  # One by one, so that the first that is wrong is named by its row.
                     model.checked_events([event])
                 except ValueError as error:
-                    raise DataError(f"{scanned.name}, row {row + 1:,}: {error}") from None
+                    raise DataError(f"{path}, row {row + 1:,}: {error}") from None
             raise
         is_candidate = model.candidates.has([event.item_id for event in checked])
-        batch_counts = Recorded(
-            num_events=len(checked),
-            num_new=journal.write([checked])[0],
-            num_unknown_items=int((~is_candidate).sum()),
-            num_before_end=sum(event.time <= until for event in checked),
-        )
-        recorded = Recorded(*map(sum, zip(recorded, batch_counts, strict=True)))
-    return recorded
+        counts["num_events"] += len(checked)
+        counts["num_new"] += journal.write([checked])[0]
+        counts["num_unknown_items"] += int(np.count_nonzero(~is_candidate))
+        counts["num_before_end"] += sum(event.time <= until for event in checked)
+    return counts
 
 
 def _table(rows: list[tuple[Any, ...]], schema: pa.Schema | None = None) -> pa.Table:

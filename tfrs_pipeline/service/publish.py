@@ -27,14 +27,14 @@ FILTER_COLUMN = "filter"
 # A ScaNN index as ScaNN saves it, and the same model with ScaNN's TensorFlow operation.
 INDEX_FOLDER, SCANN_FOLDER = Path("index"), Path("scann") / "1"
 # What a service without TensorFlow reads: towers, vectors and users, which are mapped.
-SERVICE_FOLDER, VECTORS = Path("service"), "vectors"
+SERVICE_FOLDER, VECTORS, FILTER_CODES = Path("service"), "vectors", "filter_codes"
 SAVED_MODEL_FILE = "saved_model.pb"
 # The signatures of the SavedModel, as TensorFlow Serving's metadata have them.
 SIGNATURES_FILE = SERVICE_FOLDER / "signatures.json"
 # Files and folders of the SavedModels, which nothing else here reads.
 SAVED_MODEL_PARTS = SAVED_MODEL_FILE, "fingerprint.pb", "variables", "assets", "scann"
 # The layout of a version. A version of another format is refused, with this number in the error.
-FORMAT = 3
+FORMAT = 4
 _PARTIAL, _DISCARDED, _LOCK = ".partial-", ".discarded-", ".lock"
 
 
@@ -80,7 +80,7 @@ def keep_parts(before: Path, files: Path) -> None:
     """Fills a new version's folder with what does not depend on its items, of the one before."""
     for source in (before / SERVICE_FOLDER).rglob("*"):
         name = source.relative_to(before / SERVICE_FOLDER)
-        if source.is_file() and name.name != f"{VECTORS}.npy":
+        if source.is_file() and name.stem not in (VECTORS, FILTER_CODES):
             (files / name).parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(source, files / name)  # Versions share the file: none ever changes one.

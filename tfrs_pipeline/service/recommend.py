@@ -16,12 +16,11 @@ import pyarrow.parquet as pq
 
 from tfrs_pipeline.data.schema import DataError, Source, require_all
 from tfrs_pipeline.data.settings import Reading
-from tfrs_pipeline.durable import file_hash, hold_to, locked, replacing
+from tfrs_pipeline.durable import file_hash, hold_to, locked, parquet_destination, replacing
 from tfrs_pipeline.libraries import require
 from tfrs_pipeline.messages import SILENT, Progress, check_integer
 from tfrs_pipeline.search.queries import QUERIES_PER_CALL
 from tfrs_pipeline.service.publish import MANIFEST_FILE
-from tfrs_pipeline.service.vectors import destination_problem
 
 if TYPE_CHECKING:
     from tfrs_pipeline.service.retriever import LoadedRetriever
@@ -76,9 +75,7 @@ def recommend(
     Example:
         >>> recommend(tp.load("saved_models/videos"), "tonight.parquet", k=20)  # doctest: +SKIP
     """
-    path = Path(path)
-    if problem := destination_problem(path):
-        raise ValueError(f"path: {problem}")
+    path = parquet_destination(path)
     check_integer(1, k=k)
     table = pa.table({"user_id": known_users(model)}) if users is None else _read(model, users)
     parts = path.with_name(f"{path.name}.parts")

@@ -3,9 +3,8 @@
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -111,9 +110,7 @@ class LoadedRetriever:
         events = folder.parent if is_live and has_users else None
         self.users = Users(self.stored, self.manifest["exclude"], self.manifest, events)
         self.graph = LiveGraph(self.stored.graph, self.users, self.stored.items)
-        if parts.bonus is not None:
-            parts = replace(parts, bonus=replace(parts.bonus, graph=self.graph))
-        self.engine = Engine(parts, self.users, self.candidates, self.manifest)
+        self.engine = Engine(parts, self.users, self.candidates, self.manifest, self.graph)
         self._live: LiveItems | None = None
         if is_live:
             model, num_leaves = folder.parent, index.get("num_leaves", 0)
@@ -136,8 +133,9 @@ class LoadedRetriever:
         searcher = Searcher.load(self.folder / publish.INDEX_FOLDER) if levels else None
         values, codes = None, None
         if self.item_filter is not None:
-            values = FilterValues()
-            codes = values.encode(items[publish.FILTER_COLUMN])
+            # Read, not encoded: Arrow would import pandas, where it is installed, for a second.
+            values = FilterValues(self.item_filter["values"])
+            codes = read_array(self.folder / publish.SERVICE_FOLDER, publish.FILTER_CODES)
         widths = [Level(**level) for level in levels]
         ids = items["item_id"].to_pylist()
         return Candidates(ids, vectors, searcher, widths, values, codes)
@@ -207,21 +205,34 @@ class LoadedRetriever:
         return answer["candidate_ids"], answer["scores"], answer["is_known_user"]
 
     def similar(
-        self, item_ids: Sequence[Any], k: int, exclude: Excluded = None, *, allowed: Allowed = None
+        self,
+        item_ids: Sequence[Any],
+        k: int,
+        exclude: Excluded = None,
+        *,
+        allowed: Allowed = None,
+        kind: Literal["alike", "also_taken"] = "alike",
     ) -> Retrieved:
         """Finds the k items most similar to each item, leaving out the item itself.
 
-        Similar items answer the same queries; they need not be clicked or bought together. An
-        item's vector is used like a query's. The score is the dot product of both vectors, plus the
-        bias of the similar item if the model has one. The product is their cosine, as vectors have
-        length 1, unless `model.normalize` is off or the tower is your own. `exclude` and `allowed`
-        have one entry for each item, as in `retrieve`. Raises as `retrieve`, and a `ValueError` if
-        an item is not a candidate.
+        Items that are `alike` answer the same queries; they need not be clicked or bought together.
+        An item's vector is used like a query's. The score is the dot product of both vectors, plus
+        the bias of the similar item if the model has one. The product is their cosine, as vectors
+        have length 1, unless `model.normalize` is off or the tower is your own.
+
+        Items that are `also_taken` stood near the item in people's histories, until now. The score
+        is the weight in the item graph (see `ItemGraph`). There may be fewer than k, or none.
+
+        `exclude` and `allowed` have one entry for each item, as in `retrieve`. Raises as
+        `retrieve`, and a `ValueError` if an item is not a candidate, or of another `kind`.
         """
         retrieval.check_collection("item_ids", item_ids)
         retrieval.check_ids([item_ids], are_text=self.stored.items.are_text)
         self._check_request([{}] * len(item_ids), k, exclude, allowed)
-        embedded = self.engine.item_queries(item_ids)
+        queries = {"alike": self.engine.item_queries, "also_taken": self.engine.neighbour_queries}
+        if kind not in queries:
+            raise ValueError(f"kind is one of {', '.join(queries)}. Received: {kind!r}")
+        embedded = queries[kind](item_ids)
         answer = self.engine.search(embedded, k, exclude, allowed)
         return answer["candidate_ids"], answer["scores"]
 

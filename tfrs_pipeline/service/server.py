@@ -163,16 +163,12 @@ class ModelServer:
                 "exclude_served: this server does not record all its answers. Start it with "
                 "--record-share 1."
             )
-        users = call.inputs["user_id"].tolist()
-        most = self.settings.max_exclude
-        few = min(most, SMALL_RESULTS // max(len(users), 1))
+        users, most = call.inputs["user_id"].tolist(), self.settings.max_exclude
         lists: list[list[Any]] = [[] for _ in users]
         with contextlib.suppress(Damaged, StorageError):  # The watch notes it.
-            read = self.recorder.served_lately
-            lists, is_all = await _run(threads, read, users, lately, few)
-            if not is_all and few < most:
-                threads = self.large
-                lists, _ = await _run(threads, read, users, lately, most)
+            lists = await _run(threads, self.recorder.served_lately, users, lately, most)
+        if sum(map(len, lists)) > SMALL_RESULTS:
+            threads = self.large
         # An earlier model of this name may have had ids of the other type.
         are_text = version.retriever.stored.items.are_text
         # A quarter of the candidates is left, so that no answers, however large, empty the next.

@@ -12,14 +12,15 @@ from tfrs_pipeline.features.encoding import raw_signature
 from tfrs_pipeline.features.feature import Spec
 from tfrs_pipeline.search.queries import CANDIDATE_FEATURES, QueryInputs
 
-# Signatures that retrieve, and those that embed their queries. `similar` embeds by itself: the
-# index has the vectors of its items.
-SIMILAR = "similar"
+# Signatures that retrieve, and those that embed their queries. These two embed by themselves:
+# `similar` asks by the vectors of items, `also_taken` by the item graph, which no SavedModel does.
+BY_ITEM = SIMILAR, ALSO_TAKEN = "similar", "also_taken"
 RETRIEVALS = {
     "retrieve_user": "embed_user",
     "retrieve": "embed_query",
     "retrieve_with_features": "embed_query_with_features",
     SIMILAR: SIMILAR,
+    ALSO_TAKEN: ALSO_TAKEN,
 }
 # The server also answers these names with a filter, for models that have one.
 FILTERED = "_filtered"
@@ -41,8 +42,8 @@ def signatures_of(inputs: QueryInputs, *, has_filter: bool) -> dict[str, dict[st
     }
     signatures = dict(embeds)
     for name, embed in RETRIEVALS.items():
-        if embed == SIMILAR or embed in embeds:
-            query = {"item_id": item_id} if embed == SIMILAR else embeds[embed]
+        if embed in BY_ITEM or embed in embeds:
+            query = {"item_id": item_id} if embed in BY_ITEM else embeds[embed]
             signatures[name] = {**query, "exclude": exclude, "k": k}
             if has_filter:
                 allowed = Spec((None, None), "string", "allowed")

@@ -44,10 +44,10 @@ TYPES: Mapping[str, str] = {
     **{stage.value: stage.value for stage in Stage},
 }
 
-# Of the tables below; earlier files have 0. `user_version` says whether rows were dropped.
-_FORMAT = 1
-_TABLES = [
-    """
+_FORMAT = 1  # Of the tables below. `user_version` says whether rows were dropped.
+# In WAL mode, readers and the writer do not wait for each other.
+_SCHEMA = f"""
+PRAGMA journal_mode = WAL;
 CREATE TABLE IF NOT EXISTS events (
     user_id NOT NULL,        -- INTEGER or TEXT; without a type, 7 and '7' differ.
     type TEXT NOT NULL,      -- A stage of a log.
@@ -58,10 +58,8 @@ CREATE TABLE IF NOT EXISTS events (
     arrival INTEGER NOT NULL,  -- Rises with every event; orders those of one time.
     PRIMARY KEY (user_id, type, time, item_id)
 ) WITHOUT ROWID;             -- A user's events of a type lie together, so reading them is fast.
-""",
-    # An index of `events` would also hold each row's key, and take twice as much.
-    "CREATE TABLE IF NOT EXISTS event_ids (id INTEGER PRIMARY KEY);",
-    """
+-- An index of `events` would also hold each row's key, and take twice as much.
+CREATE TABLE IF NOT EXISTS event_ids (id INTEGER PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS served (
     arrival INTEGER PRIMARY KEY,  -- Rises with every answer, whatever the clock does.
     request_id TEXT NOT NULL,     -- Several answers may have the same: a client chooses it.
@@ -70,37 +68,16 @@ CREATE TABLE IF NOT EXISTS served (
     version INTEGER NOT NULL,  -- That answered.
     items TEXT NOT NULL        -- JSON: the ids, best first.
 );
-""",
-    "CREATE INDEX IF NOT EXISTS served_by_user ON served (user_id);",
-]
-_TRIGGERS = [
-    """
+CREATE INDEX IF NOT EXISTS served_by_user ON served (user_id);
 CREATE TRIGGER IF NOT EXISTS event_known BEFORE INSERT ON events
     WHEN NEW.event_id IN (SELECT id FROM event_ids) BEGIN SELECT RAISE(IGNORE); END;
-""",
-    """
 CREATE TRIGGER IF NOT EXISTS event_added AFTER INSERT ON events WHEN NEW.event_id IS NOT NULL
     BEGIN INSERT INTO event_ids VALUES (NEW.event_id); END;
-""",
-    """
 CREATE TRIGGER IF NOT EXISTS event_deleted AFTER DELETE ON events WHEN OLD.event_id IS NOT NULL
     BEGIN DELETE FROM event_ids WHERE id = OLD.event_id; END;
-""",
-    f"PRAGMA application_id = {_FORMAT};",
-]
-# Readers and the writer do not wait for each other.
-_SCHEMA = "\n".join(["PRAGMA journal_mode = WAL;", *_TABLES, *_TRIGGERS])
+PRAGMA application_id = {_FORMAT};
+"""
 _EVENT = "user_id, time, item_id, type, request_id, event_id"
-_ANSWER = "request_id, user_id, time, version, items"
-# Format 0 had other keys: an answer's was its request_id.
-_BRING_FORWARD = [
-    *(f"ALTER TABLE {table} RENAME TO old_{table}" for table in ("events", "served")),
-    *_TABLES,
-    f"INSERT INTO events ({_EVENT}, arrival) SELECT {_EVENT}, arrival FROM old_events",
-    f"INSERT INTO served ({_ANSWER}) SELECT {_ANSWER} FROM old_served ORDER BY user_id, time",
-    *(f"DROP TABLE old_{table}" for table in ("events", "served")),  # And their triggers, index.
-    *_TRIGGERS,
-]
 # The level of a type is its stage's position in the funnel.
 _STAGES = [stage.value for stage in Stage]
 _LEVELS = "".join(f" WHEN '{stage}' THEN {level}" for level, stage in enumerate(_STAGES))
@@ -113,7 +90,8 @@ SELECT CAST(user_id AS {{}}), CAST(item_id AS {{}}), time, CASE max(level) {_STA
     request_id, sum(rank) FROM (
     SELECT served.user_id, item.value AS item_id, time, 0 AS level, request_id,
     item.key + 1 AS rank, 0 AS arrival, row_number() OVER (
-        PARTITION BY served.user_id, request_id, item.value ORDER BY {{}} DESC) AS nth_last
+        PARTITION BY served.user_id, request_id, item.value ORDER BY served.arrival DESC
+    ) AS nth_last
     FROM served, json_each(served.items) AS item
     UNION ALL
     SELECT user_id, item_id, time, CASE type {_LEVELS} END, request_id, NULL, arrival, 1 FROM events
@@ -157,14 +135,13 @@ class Event(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a request was served, as a graph returns it.
+    """What a request was served, as an `Engine` returns it.
 
     Attributes:
         request_id: Id of the request; query i of several gets "ID.i".
         time: Milliseconds since 1970.
         version: Number of the version that answered.
-        user_ids: [n] int64, or bytes or texts in an object array; the empty id for a query without
-            a user.
+        user_ids: [n] int64, or texts in an object array; the empty id for a query without a user.
         item_ids: [n, k] ids of the same kinds, best first; the empty id in empty slots.
     """
 
@@ -178,18 +155,14 @@ class Answer(NamedTuple):
         """Yields the request's id, the user's, and the items' [k], of users with an id."""
         pairs = zip(self.user_ids.tolist(), self.item_ids, strict=True)
         for number, (user_id, items) in enumerate(pairs):
-            if user_id not in (-1, b"", ""):
+            if user_id not in (-1, ""):
                 is_single = len(self.user_ids) == 1
                 request_id = self.request_id if is_single else f"{self.request_id}.{number}"
-                yield request_id, _as_text(user_id), items
-
-
-def _as_text(id_: Any) -> Any:
-    return id_.decode(errors="replace") if isinstance(id_, bytes) else id_
+                yield request_id, user_id, items
 
 
 def _filled(items: np.ndarray) -> list[Any]:
-    return [_as_text(item) for item in items.tolist() if item not in (-1, b"", "")]
+    return [item for item in items.tolist() if item not in (-1, "")]
 
 
 class Watch:
@@ -288,7 +261,8 @@ class Journal(Database):
                 for answer in answers
                 for request_id, user_id, items in answer.by_query()
             )
-            connection.executemany(f"INSERT INTO served ({_ANSWER}) VALUES (?, ?, ?, ?, ?)", served)
+            columns = "(request_id, user_id, time, version, items)"
+            connection.executemany(f"INSERT INTO served {columns} VALUES (?, ?, ?, ?, ?)", served)
             # Microseconds: fewer than a million events a second arrive.
             arrivals = itertools.count(time.time_ns() // 1000)
             return [
@@ -349,7 +323,7 @@ class Journal(Database):
         )
         clicks: dict[Any, set[tuple[Any, int]]] = {}
         with contextlib.suppress(Damaged, StorageError), self._opened() as connection:
-            if connection is not None and _format_of(connection) == _FORMAT:
+            if connection is not None:
                 for user_id, item_id, milliseconds, arrived in connection.execute(
                     query, (time_, arrival)
                 ):
@@ -367,9 +341,9 @@ class Journal(Database):
         """Yields a user's answers as they are asked for, by order of arrival, newest first."""
         with self._opened() as connection:
             if connection is not None:
-                query = f"SELECT {_ANSWER} FROM served WHERE user_id = ? ORDER BY {{}} DESC"
-                rows = connection.execute(query.format(_arrival(connection)), (user_id,))
-                for request_id, _, time_, _, items in rows:
+                query = "SELECT request_id, time, items FROM served WHERE user_id = ?"
+                rows = connection.execute(f"{query} ORDER BY arrival DESC", (user_id,))
+                for request_id, time_, items in rows:
                     yield (request_id, time_), json.loads(items)[:_RANKS_SEEN]
 
     def log(self, num_rows: int) -> Iterator[list[tuple[Any, ...]]]:
@@ -384,7 +358,7 @@ class Journal(Database):
             if connection is None:
                 return
             id_types = connection.execute(_ID_TYPES).fetchone()
-            rows = connection.execute(_LOG.format(*id_types, _arrival(connection)))
+            rows = connection.execute(_LOG.format(*id_types))
             while block := rows.fetchmany(num_rows):
                 yield block
 
@@ -410,14 +384,11 @@ class Journal(Database):
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """As `Database.writing`; first brings a file of an earlier format forward."""
+        """As `Database.writing`; refuses a file of another format."""
         with super().writing() as connection:
-            # Fails in files of still earlier versions, which have no such table.
-            connection.execute("SELECT id FROM event_ids LIMIT 0")
-            if (number := _format_of(connection)) > _FORMAT:
+            (number,) = connection.execute("PRAGMA application_id").fetchone()
+            if number != _FORMAT:
                 raise sqlite3.DatabaseError(f"its format is {number}, and not {_FORMAT}")
-            for statement in _BRING_FORWARD if number < _FORMAT else ():
-                connection.execute(statement)
             yield connection
 
     def moment(self) -> int:
@@ -488,15 +459,6 @@ class Journal(Database):
         raise StorageError(f"{self.path}-wal is being read and may hold events: delete again.")
 
 
-def _format_of(connection: sqlite3.Connection) -> int:
-    return int(connection.execute("PRAGMA application_id").fetchone()[0])
-
-
-def _arrival(connection: sqlite3.Connection) -> str:
-    """Returns the column that orders answers: a file that was not brought forward has times."""
-    return "arrival" if _format_of(connection) else "time"
-
-
 class _Group(NamedTuple):
     events: Sequence[Event]
     done: "Future[int]"
@@ -560,18 +522,14 @@ class Recorder:
             self._queue.put(answer)
         return has_room
 
-    def served_lately(
-        self, user_ids: Sequence[Any], lately: Lately, most: int
-    ) -> tuple[list[list[Any]], bool]:
+    def served_lately(self, user_ids: Sequence[Any], lately: Lately, most: int) -> list[list[Any]]:
         """Returns the distinct ids of items that each user was served lately, newest answer first.
 
         Answers that are not yet written count too, and of an answer its first 100 items. Reading
-        ends after `most` items of a user, where those that come again count too. Returns also
-        whether these are all that users were served lately.
+        ends after `most` items of a user, where those that come again count too.
         """
         read = {id_: self._served_lately(id_, lately, most) for id_ in dict.fromkeys(user_ids)}
-        lists = [[*dict.fromkeys(read[id_])][:most] for id_ in user_ids]
-        return lists, all(len(ids) < most for ids in read.values())
+        return [[*dict.fromkeys(read[id_])][:most] for id_ in user_ids]
 
     def _served_lately(self, user_id: Any, lately: Lately, most: int) -> list[Any]:
         since = time.time() * 1000 - lately.hours * 3_600_000 if lately.hours else math.inf

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tfrs_pipeline.durable import replacing
+from tfrs_pipeline.durable import parquet_destination, replacing
 
 if TYPE_CHECKING:
     from tfrs_pipeline.service.retriever import LoadedRetriever
@@ -43,9 +43,7 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
     Example:
         >>> write_vectors(tp.load("saved_models/videos"), "videos.parquet")  # doctest: +SKIP
     """
-    path = Path(path)
-    if problem := destination_problem(path):
-        raise ValueError(f"path: {problem}")
+    path = parquet_destination(path)
     titles, (ids, embeddings) = model.titles(), model.candidates.ids_and_vectors()
     if not len(ids):
         raise ValueError("The model has no items: all of them have been removed.")
@@ -76,14 +74,3 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
         # A dictionary would not help: hardly any value repeats.
         pq.write_table(table, partial, row_group_size=BLOCK, use_dictionary=False)
     return about
-
-
-def destination_problem(path: Path) -> str:
-    """Says why a Parquet file cannot be written to a path; "" if it can."""
-    if path.is_dir():
-        return f"'{path}' is a folder; give a file in it, such as {path / 'all.parquet'}"
-    if path.suffix != ".parquet":
-        return f"got '{path}'; the file is Parquet: end the name with .parquet"
-    if not path.parent.is_dir():
-        return f"there is no folder '{path.parent}': make it, or choose another"
-    return ""

@@ -22,7 +22,7 @@ from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.features.encoding import TIMESTAMP
 from tfrs_pipeline.features.raw import to_text_lists
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query, history_of
-from tfrs_pipeline.search.candidates import Candidates
+from tfrs_pipeline.search.candidates import Candidates, FilterValues
 from tfrs_pipeline.search.queries import QueryInputs, item_times
 from tfrs_pipeline.search.settings import Auto, Scann, Search, search_of
 from tfrs_pipeline.search.tune import Requests, measure_requests, tune_index
@@ -111,6 +111,9 @@ def write_version(
         files.mkdir()
         fill(files)
         write_array(files, publish.VECTORS, items.vectors)
+        if item_filter is not None:
+            codes = FilterValues(item_filter["values"]).encode(shown[publish.FILTER_COLUMN])
+            write_array(files, publish.FILTER_CODES, codes)
         (partial / publish.ITEMS_FILE).parent.mkdir()
         pq.write_table(shown, partial / publish.ITEMS_FILE)
         parts = Parts.read(files, manifest)

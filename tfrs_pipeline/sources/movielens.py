@@ -5,7 +5,6 @@ Ratings of 4 and 5 are clicks, lower ones exposures. The data are fetched, never
 
 import bisect
 import hashlib
-import importlib.util
 import itertools
 import logging
 import os
@@ -116,8 +115,6 @@ def fetch_with_tfds(folder: Path) -> None:
     runs in another process, so that this one needs no TensorFlow and can stop retries of minutes. A
     `FetchError` if it is not installed, the host cannot be reached, or the download fails.
     """
-    if importlib.util.find_spec("tensorflow_datasets") is None:
-        raise FetchError("tensorflow_datasets is not installed")
     try:
         with urllib.request.urlopen(urllib.request.Request(ARCHIVE_URL, method="HEAD"), timeout=5):
             pass

@@ -30,11 +30,12 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pydantic import NonNegativeFloat, PositiveInt
 from scipy.special import expit
 
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Stage
-from tfrs_pipeline.messages import check_integer
+from tfrs_pipeline.settings import checked
 
 _NUM_DIMS, _NUM_CLUSTERS = 8, 10
 # Equal tastes have 55 times the odds of orthogonal ones; tenfold popularity doubles the odds.
@@ -49,41 +50,37 @@ _STAGES = [stage.value for stage in Stage]
 DEVICES = ("phone", "tablet", "tv")
 
 
-@dataclass(frozen=True)
+@checked
 class FunnelOptions:
     """How the simulated funnel works. The defaults are round numbers, not fitted to anything.
 
     The module's formulas say what the weights, noises and biases do; each stage keeps its `num_...`
-    best items. A `ValueError` if a number is out of range, not finite, or a count is not an
+    best items. A `ConfigError` if a number is out of range, not finite, or a count is not an
     integer.
     """
 
-    num_retrieved: int = 100
-    num_pre_ranked: int = 40
-    num_ranked: int = 20  # These are logged with rank and score.
-    num_exposed: int = 10  # One screen.
+    num_retrieved: PositiveInt = 100
+    num_pre_ranked: PositiveInt = 40
+    num_ranked: PositiveInt = 20  # These are logged with rank and score.
+    num_exposed: PositiveInt = 10  # One screen.
     popularity_weight: float = 1.0  # In retrieval.
     click_bias: float = -4.0  # 1.8% for mean popularity at right angles to the user's taste.
-    retrieval_noise: float = 2.0  # Standard deviations of errors, in logits.
-    pre_rank_noise: float = 1.0
-    rank_noise: float = 0.5
-    position_bias: float = 0.5  # The fourth place is looked at half as often as the first.
-    device_weight: float = 0.0  # At 0, requests have no device.
+    retrieval_noise: NonNegativeFloat = 2.0  # Standard deviations of errors, in logits.
+    pre_rank_noise: NonNegativeFloat = 1.0
+    rank_noise: NonNegativeFloat = 0.5
+    position_bias: NonNegativeFloat = (
+        0.5  # The fourth place is looked at half as often as the first.
+    )
+    device_weight: NonNegativeFloat = 0.0  # At 0, requests have no device.
 
     def __post_init__(self) -> None:
         kept = ("num_exposed", "num_ranked", "num_pre_ranked", "num_retrieved")
-        check_integer(1, **{name: getattr(self, name) for name in kept})
         for fewer, more in itertools.pairwise(kept):
             if getattr(self, fewer) > getattr(self, more):
                 raise ValueError(
                     f"{fewer} must be at most {more}: each stage keeps some of what the one before "
                     f"it kept. Received: {getattr(self, fewer)} and {getattr(self, more)}."
                 )
-        for name, value in vars(self).items():
-            least = -math.inf if name in ("popularity_weight", "click_bias") else 0
-            if not (math.isfinite(value) and value >= least):
-                or_more = "" if least else ", 0 or more"
-                raise ValueError(f"{name} must be finite{or_more}. Received: {value}.")
 
 
 @dataclass(frozen=True, eq=False)
