@@ -1,4 +1,4 @@
-"""The bonus of the items in a history, and how validation chooses it."""
+"""The bonus that a history gives to its items and their neighbours: validation chooses it."""
 
 import dataclasses
 import tracemalloc
@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.model.conftest import tiny, untrained
-from tfrs_pipeline import Holdout, Log, TrainingSet, TrainingSettings, metric_of
+from tfrs_pipeline import Holdout, Log, TrainingSet, TrainingSettings, evaluate, metric_of
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.model.bonus_choice import choose_bonus
+from tfrs_pipeline.model.bonus_choice import choose_bonus, item_graph
 from tfrs_pipeline.search import topk
-from tfrs_pipeline.search.history_bonus import HistoryBonus, NeighbourBonus, RepeatBonus
+from tfrs_pipeline.search.history_bonus import HistoryBonus, RepeatBonus
+from tfrs_pipeline.search.item_graph import KINDS
 from tfrs_pipeline.search.topk import ExactRetriever
 
 NUM_USERS, NUM_ITEMS, DIM = 150, 60, 8
@@ -78,22 +79,109 @@ def test_validation_chooses_a_bonus_where_items_come_again(
     queries = rng.normal(size=(NUM_USERS, DIM)).astype(np.float32)
     # In another order than the holdout's, so that a mix-up of rows shows.
     ids = split.validation.candidate_ids[::-1]
-    chosen = choose_bonus(ids, items, queries, split.validation, metric_of("ndcg@10"))
+    vectors = ids, items, queries
+    metric: Any = metric_of("ndcg@10")
+    chosen = choose_bonus(*vectors, split.validation, metric, exclude="none", graphs={})
     if not forgettings:
         assert chosen is None
         return
     assert chosen is not None
-    assert chosen.weight > 0
-    assert chosen.power == 0.5
-    assert chosen.forgetting in forgettings
-    # The second route: exact search with the bonus finds what validation counted on.
-    exact = ExactRetriever(ids, items, lambda _: queries)
-    hits = {}
-    for name, retriever in {"with": chosen.added_to(exact), "without": exact}.items():
-        retrieved, _ = retriever.retrieve(split.validation.as_queries(), 10)
-        pairs = zip(retrieved, split.validation.relevant, strict=True)
-        hits[name] = np.mean([np.isin(relevant, line).mean() for line, relevant in pairs])
-    assert hits["with"] > hits["without"] + 0.3
+    assert chosen.repeats is not None
+    assert chosen.neighbours is None
+    assert chosen.repeats.weight > 0
+    assert chosen.repeats.power == 0.5
+    assert chosen.repeats.forgetting in forgettings
+    assert gain_of(chosen, vectors, split.validation, "none") > 0.2
+
+
+Vectors = tuple[Any, np.ndarray, np.ndarray]
+
+
+def gain_of(bonus: HistoryBonus, vectors: Vectors, holdout: Holdout, exclude: Any) -> float:
+    """Measures by a second route, exact search, what a bonus gains; the notes have to say it."""
+    ids, items, queries = vectors
+    by_user = dict(zip(holdout.user_ids.tolist(), queries, strict=True))
+    exact = ExactRetriever(
+        ids, items, lambda asked: np.stack([by_user[q["user_id"]] for q in asked])
+    )
+    models: dict[str, Any] = {"without": exact}
+    so_far = HistoryBonus()
+    for part in (HistoryBonus(bonus.repeats), HistoryBonus(None, bonus.neighbours, bonus.graph)):
+        if part:
+            so_far = so_far.plus(part)
+            models[str(part)] = so_far.added_to(exact)
+    measured = evaluate(models, holdout, exclude=exclude, metrics=[metric_of("ndcg@10")])
+    means = [np.mean(result.per_query["ndcg@10"]) for result in measured.results.values()]
+    gains = np.diff(means)
+    for part, gain, note in zip([*models][1:], gains, bonus.notes, strict=True):
+        assert note.startswith(f"{part}, chosen on validation: ndcg@10 {gain:+.4f}")
+    return float(means[-1] - means[0])
+
+
+def following(share: float, *, is_again: bool = False) -> Log:
+    """Makes a log in which each item has one that follows it, with a share, and else any follows.
+
+    With `is_again`, half of the others are what the user clicked first.
+    """
+    rng = np.random.default_rng(8)
+    after = rng.permutation(NUM_ITEMS)
+    users, items = np.repeat(np.arange(NUM_USERS), 20), []
+    for _ in range(NUM_USERS):
+        first = item = int(rng.integers(NUM_ITEMS))
+        for _ in range(20):
+            items.append(10 + item)
+            other = first if is_again and rng.random() < 0.5 else int(rng.integers(NUM_ITEMS))
+            item = int(after[item]) if rng.random() < share else other
+    return Log.from_table(pa.table({"user_id": users, "item_id": items}))
+
+
+@pytest.mark.parametrize("exclude", ["clicked", "none"])
+@pytest.mark.parametrize("share", [0.6, 0.0])
+def test_validation_chooses_neighbours_where_one_item_follows_another(
+    share: float, exclude: Any
+) -> None:
+    split = following(share).split("last_n", validation=2, test=2)
+    rng = np.random.default_rng(6)
+    items = rng.normal(size=(NUM_ITEMS, DIM)).astype(np.float32)
+    queries = rng.normal(size=(NUM_USERS, DIM)).astype(np.float32)
+    # In another order than the holdout's, so that a mix-up of rows shows.
+    ids = split.validation.candidate_ids[::-1]
+    graphs = {kind: item_graph(split.train, np.arange(NUM_USERS), ids, kind) for kind in KINDS}
+    vectors, metric = (ids, items, queries), metric_of("ndcg@10")
+    chosen = choose_bonus(*vectors, split.validation, metric, exclude=exclude, graphs=graphs)
+    if not share:
+        assert chosen is None
+        return
+    assert chosen is not None
+    assert chosen.repeats is None
+    assert chosen.neighbours is not None
+    assert chosen.neighbours.kind == "what came next"
+    assert chosen.graph is graphs["what came next"]
+    assert gain_of(chosen, vectors, split.validation, exclude) > 0.2
+    # Items that cannot follow: the same graph with its neighbours mixed up gains nothing.
+    mixed = {kind: item_graph(split.train, np.arange(NUM_USERS), ids[::-1], kind) for kind in KINDS}
+    metric = metric_of("ndcg@10")
+    assert not choose_bonus(*vectors, split.validation, metric, exclude=exclude, graphs=mixed)
+
+
+def test_both_parts_may_be_chosen() -> None:
+    """Neighbours have to gain beyond what repeats have gained."""
+    split = following(0.4, is_again=True).split("last_n", validation=2, test=2)
+    rng = np.random.default_rng(6)
+    items = rng.normal(size=(NUM_ITEMS, DIM)).astype(np.float32)
+    queries = rng.normal(size=(NUM_USERS, DIM)).astype(np.float32)
+    ids, metric = split.validation.candidate_ids, metric_of("ndcg@10")
+    graphs = {kind: item_graph(split.train, np.arange(NUM_USERS), ids, kind) for kind in KINDS}
+    vectors = ids, items, queries
+    chosen = choose_bonus(*vectors, split.validation, metric, exclude="none", graphs=graphs)
+    assert chosen is not None
+    assert chosen.repeats is not None
+    assert chosen.neighbours is not None
+    assert gain_of(chosen, vectors, split.validation, "none") > 0.2
+    # Where rankings leave out the history, repeats cannot be asked for.
+    chosen = choose_bonus(*vectors, split.validation, metric, exclude="clicked", graphs=graphs)
+    assert chosen is not None
+    assert chosen.repeats is None
 
 
 def coming_again(num_queries: int, num_items: int) -> tuple[Holdout, list[np.ndarray]]:
@@ -121,7 +209,8 @@ def test_a_large_corpus_is_scored_in_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     holdout, (items, queries) = coming_again(256, num_items)
     tracemalloc.start()
     try:
-        choose_bonus(holdout.candidate_ids, items, queries, holdout, metric_of("recall@5"))
+        vectors, metric = (holdout.candidate_ids, items, queries), metric_of("recall@5")
+        choose_bonus(*vectors, holdout, metric, exclude="none", graphs={})
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -134,12 +223,17 @@ def test_a_metric_that_leaves_queries_out_chooses_too() -> None:
     holdout, (items, queries) = coming_again(200, NUM_ITEMS)
     metrics = [metric_of(name) for name in ("recall@5", "even_recall@5")]
     plain, even = (
-        choose_bonus(holdout.candidate_ids, items, queries, holdout, metric) for metric in metrics
+        choose_bonus(
+            holdout.candidate_ids, items, queries, holdout, metric, exclude="none", graphs={}
+        )
+        for metric in metrics
     )
     assert plain is not None
-    assert plain.weight > 0
+    assert plain.repeats is not None
+    assert plain.repeats.weight > 0
     # All items were shown equally often, and each query is to find two.
-    assert even == plain
+    assert even is not None
+    assert even.repeats == plain.repeats
 
 
 def test_a_fitted_model_adds_the_bonus_to_its_dot_products(data: TrainingSet) -> None:
@@ -167,13 +261,43 @@ def test_a_fitted_model_adds_the_bonus_to_its_dot_products(data: TrainingSet) ->
         np.testing.assert_array_equal(model_answer, plain_answer)
 
 
-def test_nothing_is_chosen_where_rankings_exclude_or_the_user_says_so(tmp_path: Any) -> None:
-    split = log_of("favourites").split("last_n", validation=2, test=2)
-    training = {"monitor": "ndcg@10", "max_epochs": 1}
+def test_a_fitted_model_says_its_gain_once() -> None:
+    split = following(0.9, is_again=True).split("last_n", validation=2, test=2)
+    training = {"monitor": "ndcg@10", "max_epochs": 1, "learning_rate": 1e-6}
     model = tiny(training=training).fit(split.train, split.validation, exclude="none")
-    assert model.repeat_bonus is not None
-    for exclude, changes in {"clicked": {}, "seen": {}, "none": {"repeat_bonus": False}}.items():
-        settings = TrainingSettings(**dict(model.training) | changes)
-        off = dataclasses.replace(model, training=settings, repeat_bonus=None)
-        assert off.with_repeat_bonus(split.validation, exclude, 0) is off
-    assert tiny(training=training).fit(split.train, split.validation).repeat_bonus is None
+    assert model.bonus is not None
+    assert model.bonus.neighbours is not None
+    assert [note for note in model.notes if "chosen on validation" in note] == [*model.bonus.notes]
+    # Where rankings exclude the history, its items get no bonus, but what follows them does.
+    for exclude, has_repeats in {"clicked": False, "seen": False}.items():
+        again = dataclasses.replace(model, bonus=None).with_bonus(split.validation, exclude, 0)
+        assert again.bonus is not None
+        assert (again.bonus.repeats is not None) == has_repeats
+        assert again.bonus.neighbours is not None
+    # The user says so.
+    settings = TrainingSettings(**dict(model.training) | {"history_bonus": False})
+    off = dataclasses.replace(model, training=settings, bonus=None)
+    assert off.with_bonus(split.validation, "none", 0) is off
+
+
+def test_the_graph_of_an_export_is_that_of_the_whole_log() -> None:
+    split = following(0.9).split("last_n", validation=2, test=2)
+    training = {"monitor": "ndcg@10", "max_epochs": 1, "learning_rate": 1e-6}
+    model = tiny(training=training).fit(split.train, split.validation)
+    assert model.bonus is not None
+    assert model.bonus.neighbours is not None
+    exported = model.exportable()
+    assert exported.bonus is not None
+    assert exported.bonus.graph is exported.graph
+    ids = model.query_ids, model.candidate_ids
+    logs = {split.train: model.bonus.graph, split.train.whole: exported.graph}
+    for log, graph in logs.items():
+        expected = item_graph(log, *ids, model.bonus.neighbours.kind)
+        assert graph is not None
+        for name in ("counts", "totals"):
+            np.testing.assert_array_equal(getattr(graph, name), getattr(expected, name))
+        np.testing.assert_array_equal(graph.neighbours.values, expected.neighbours.values)
+    assert exported.graph.totals.sum() > model.bonus.graph.totals.sum()
+    # A log in other hands has the graph of its histories.
+    bare = dataclasses.replace(exported, bonus=None)
+    np.testing.assert_array_equal(bare.graph.totals > 0, exported.graph.totals > 0)

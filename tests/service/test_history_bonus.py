@@ -17,9 +17,9 @@ from tfrs_pipeline import Holdout, evaluate, recommend
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.exports.export import export
 from tfrs_pipeline.exports.graph_index import load_scann_ops
-from tfrs_pipeline.search.queries import id_array, padded_ids
 from tfrs_pipeline.search.history_bonus import HistoryBonus, NeighbourBonus, RepeatBonus
 from tfrs_pipeline.search.item_graph import KINDS
+from tfrs_pipeline.search.queries import id_array, padded_ids
 from tfrs_pipeline.search.settings import Exact, Scann
 from tfrs_pipeline.service.publish import SCANN_FOLDER
 from tfrs_pipeline.service.retriever import LoadedRetriever, load
