@@ -23,7 +23,7 @@ from tfrs_pipeline.model.sums import (
     choose,
     projection,
 )
-from tfrs_pipeline.search.repeats import RepeatBonus
+from tfrs_pipeline.search.history_bonus import HistoryBonus, RepeatBonus
 
 RNG = np.random.default_rng(0)
 
@@ -384,17 +384,18 @@ def test_a_sum_in_python_fits_chooses_and_exports(tmp_path: Path) -> None:
     np.testing.assert_array_equal(ids, model.retrieve(QUERIES, k=5)[0])
 
 
-def test_a_sum_has_a_repeat_bonus_of_its_own(
-    members: Members, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sum_has_a_bonus_of_its_own(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
     _, validation, _ = LOG.split("last_n", validation=1, test=1)
-    bonus = RepeatBonus(3.0, 0.5, 0.0)
+    bonus = HistoryBonus(RepeatBonus(3.0, 0.5, 0.0))
     monkeypatch.setattr(
-        fitted_model, "bonus_for", lambda *arguments: bonus if arguments[3] == "none" else None
+        fitted_model, "bonus_for", lambda *arguments: bonus if arguments[4] == "none" else None
     )
     model = tp.Sum(members).fit(None, validation, exclude="none")
-    assert model.repeat_bonus == model.exportable().repeat_bonus == bonus
-    assert tp.Sum(members).fit(None, validation).repeat_bonus is None
+    assert model.bonus == bonus
+    exported = model.exportable().bonus
+    assert exported is not None
+    assert exported.repeats == bonus.repeats
+    assert tp.Sum(members).fit(None, validation).bonus is None
     own = model.retrieve([{"history": [10]}], k=1)[0]
     assert own.tolist() == [[10]]
 

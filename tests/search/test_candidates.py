@@ -2,7 +2,9 @@
 
 import itertools
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -52,24 +54,53 @@ class Plain:
             self.now.pop(id_, None)
 
     def best(
-        self, query: np.ndarray, k: int, excluded: set[Any], allowed: list[str]
+        self,
+        query: np.ndarray,
+        k: int,
+        excluded: set[Any],
+        allowed: list[str],
+        bonuses: Mapping[Any, float] = MappingProxyType({}),
     ) -> tuple[set[Any], list[float]]:
         left = ((id_, *x) for id_, x in self.now.items() if id_ not in excluded)
         found = (x for x in left if not allowed or set(allowed) & set(x[2]))
-        scores = {id_: float(vector @ query) for id_, vector, _ in found}
+        scores = {id_: float(vector @ query) + bonuses.get(id_, 0) for id_, vector, _ in found}
         best = sorted(scores, key=lambda id_: -scores[id_])[:k]
         return set(best), [scores[id_] for id_ in best]
 
-    def check(self, rng: np.random.Generator) -> None:
+    def bonuses(self, rng: np.random.Generator, sign: int) -> list[dict[Any, float]]:
+        """Draws bonuses for each query, of one sign or (0) of both; some ids are no candidates.
+
+        The best candidates of a query without them have one too.
+        """
+        by_query = []
+        for query in QUERIES:
+            best, _ = self.best(query, 5, set(), [])
+            numbers = rng.permutation(NUM + 210)[: rng.integers(0, 40)].tolist()
+            ids = [*best, *({self.id_of(number) for number in numbers} - best)]
+            drawn = 3 * rng.normal(size=len(ids)).astype(np.float32)
+            drawn = sign * np.abs(drawn) if sign else drawn
+            by_query.append(dict(zip(ids, drawn.tolist(), strict=True)))
+        by_query[3] = {}
+        return by_query
+
+    def check(self, rng: np.random.Generator, sign: int | None = None) -> None:
+        """Compares searches with a loop: without bonuses, or with those of a sign."""
         ids = list(self.now)
         drawn = [rng.integers(0, len(ids), n) for n in rng.integers(0, 30, len(QUERIES))]
         excluded = [{ids[i] for i in places} | {self.id_of(-5)} for places in drawn]
         filters: list[list[str]] = [[], ["red"], ["blue", "grey"], ["none"]]
         allowed = [filters[i] for i in rng.integers(0, 4, len(QUERIES))]
-        for k in (1, 10, 60):
-            found, scores = self.candidates.search(QUERIES, k, excluded, allowed)
+        added = [{}] * len(QUERIES) if sign is None else self.bonuses(rng, sign)
+        padding = np.array([7, 7], np.float32)
+        pairs = [
+            ([*line], np.append(np.array([*line.values()], np.float32), padding)) for line in added
+        ]
+        for k in (1, 10, 60, len(self.now) + 9):
+            found, scores = self.candidates.search(
+                QUERIES, k, excluded, allowed, bonuses=None if sign is None else pairs
+            )
             for i, query in enumerate(QUERIES):
-                best, best_scores = self.best(query, k, excluded[i], allowed[i])
+                best, best_scores = self.best(query, k, excluded[i], allowed[i], added[i])
                 num = len(best)
                 assert set(found[i][:num].tolist()) == best
                 np.testing.assert_allclose(scores[i][:num], best_scores, rtol=1e-5, atol=1e-6)
@@ -106,6 +137,25 @@ def test_every_change_is_in_the_next_search(plain: Plain) -> None:
         if step % 4 == 3:
             plain.check(rng)
     plain.check(rng)
+
+
+@pytest.mark.parametrize("sign", [1, -1, 0])
+def test_bonuses_count_for_candidates_that_change(plain: Plain, sign: int) -> None:
+    """A positive one brings a candidate up from below, a negative one makes room for others."""
+    rng = np.random.default_rng(6)
+    plain.check(rng, sign)
+    # Some are replaced, some are new, and some of the best are gone.
+    plain.put([*range(0, 40), *range(NUM, NUM + 20)], NEW[:60], [["red"], []] * 30)
+    best, _ = plain.best(QUERIES[0], 3, set(), [])
+    plain.candidates.change([], np.zeros((0, DIM), np.float32), [], [*best])
+    for id_ in best:
+        del plain.now[id_]
+    plain.check(rng, sign)
+    plain.candidates.rebuild(build if plain.kind == "scann" else None)
+    plain.check(rng, sign)
+    # Hardly any is left.
+    plain.remove([*range(30, NUM + 20)])
+    plain.check(rng, sign)
 
 
 def test_a_search_sees_a_change_whole_or_not_at_all(plain: Plain) -> None:

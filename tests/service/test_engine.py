@@ -15,7 +15,7 @@ from tfrs_pipeline.exports.encoder import Encoder
 from tfrs_pipeline.model.tf_tables import as_tensors, call, signature_inputs
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.search.candidates import UnknownItem
-from tfrs_pipeline.search.repeats import RepeatBonus
+from tfrs_pipeline.search.history_bonus import HistoryBonus, NeighbourBonus, RepeatBonus
 from tfrs_pipeline.service import engine as engine_module
 from tfrs_pipeline.service.proof import difference
 from tfrs_pipeline.service.signatures import completed
@@ -61,7 +61,8 @@ def both(
     if name == "times and requests":
         served = make_served("int", use_user_id=False, request_features=FEATURES, reads_times=True)
     if "bonus" in name:
-        changes["repeat_bonus"] = RepeatBonus(3.0, power=0.5, forgetting=0.5)
+        near = NeighbourBonus("what came next", 5.0, decay=0.7)
+        changes["bonus"] = HistoryBonus(RepeatBonus(3.0, power=0.5, forgetting=0.5), near)
     if "dislikes" in name:
         changes["disliked"] = dislikes(served)
     model = dataclasses.replace(served.exportable(), **changes)

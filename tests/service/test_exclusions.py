@@ -21,28 +21,29 @@ from tfrs_pipeline.exports.graph_index import ExactIndex
 from tfrs_pipeline.exports.saved_model import RetrievalModule
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.search.exclusions import rule_with
-from tfrs_pipeline.search.repeats import RepeatBonus
+from tfrs_pipeline.search.history_bonus import HistoryBonus, NeighbourBonus, RepeatBonus
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 ROW = 3  # Of the user that these tests ask for.
 DISLIKED = [*range(20, 26), 60]  # Rows of what it disliked in the log.
-BONUS = RepeatBonus(0.5, 0.5, 0.0)
+REPEATS = HistoryBonus(RepeatBonus(0.5, 0.5, 0.0))
+NEIGHBOURS = HistoryBonus(neighbours=NeighbourBonus("what came next", 3.0, 0.7))
 
 
-@pytest.mark.parametrize("bonus", [None, BONUS])
+@pytest.mark.parametrize("bonus", [None, REPEATS, NEIGHBOURS])
 def test_what_was_disliked_never_comes_back(tmp_path: Path, bonus: Any) -> None:
     served = make_served("str")
     lists = [np.array(DISLIKED if row == ROW else [], int) for row in range(7)]
     model = served.exportable()
     gone = {*served.candidate_ids[np.array(DISLIKED) - 1].tolist()} - {*served.known(ROW)}
     lists[ROW] = np.setdiff1d(DISLIKED, served.clicks[ROW])  # Else they were no clicks.
-    disliking = dataclasses.replace(model, disliked=RowLists.from_lists(lists), repeat_bonus=bonus)
+    disliking = dataclasses.replace(model, disliked=RowLists.from_lists(lists), bonus=bonus)
     export(disliking, tmp_path / "films", index=Exact())
     retriever, user = load(tmp_path / "films"), served.query_ids[ROW - 1]
     other, known = served.query_ids[ROW], served.known(ROW)
     assert [{*ids} for ids in retriever.users.disliked([other, user])] == [set(), gone]
-    # A model with a bonus retrieves the known items, but never these.
-    left_out = gone if bonus else gone | {*known}
+    # A model with a bonus of them retrieves the known items, but never these.
+    left_out = gone if bonus is REPEATS else gone | {*known}
     assert by_user(retriever, user).keys() == {*served.candidate_ids} - left_out
     assert gone < by_user(retriever, other).keys() | {*served.known(ROW + 1)}
     # A dislike in service is the same: an item of the history leaves it, and is not shown either.
@@ -53,7 +54,7 @@ def test_what_was_disliked_never_comes_back(tmp_path: Path, bonus: Any) -> None:
     gone |= {first, later}
     assert {*retriever.users.disliked([user])[0]} == gone
     assert retriever.users.history(user) == history[::-1]
-    expected = by_history(retriever, user, history, gone if bonus else gone | {*known})
+    expected = by_history(retriever, user, history, gone if bonus is REPEATS else gone | {*known})
     assert by_user(retriever, user) == pytest.approx(expected, abs=1e-5)
 
 
@@ -98,7 +99,8 @@ def asked_in_all_ways(
         ("int", "clicked", None),
         ("str", "seen", None),
         ("int", "none", None),
-        ("str", "clicked", BONUS),
+        ("str", "clicked", REPEATS),
+        ("int", "seen", NEIGHBOURS),
     ],
 )
 def test_all_ways_of_asking_leave_out_the_same(
@@ -112,14 +114,14 @@ def test_all_ways_of_asking_leave_out_the_same(
     model = dataclasses.replace(
         served.exportable(),
         disliked=RowLists.from_lists([disliked[: 5 * (row == ROW)] for row in range(7)]),
-        repeat_bonus=bonus,
+        bonus=bonus,
         exclude=exclude,
     )
     folder = export(model, tmp_path / "films", index=Exact())
     index = ExactIndex(served.model.embed_corpus())
     asked = load(folder), RetrievalModule(Encoder(model), index, served.candidate_ids), user
     gone = {*served.candidate_ids[disliked - 1]}
-    leaves_out_known = exclude != "none" and bonus is None
+    leaves_out_known = exclude != "none" and bonus is not REPEATS
     gone |= {*known} if leaves_out_known else set()
 
     answers = asked_in_all_ways(*asked, known, command)
@@ -146,8 +148,10 @@ def test_an_export_without_dislikes_leaves_none_out(int_folder: Path) -> None:
 
 
 def test_a_repeat_bonus_needs_the_users_items() -> None:
-    assert [rule_with(rule, has_bonus=True) for rule in ("clicked", "seen", "none")] == ["none"] * 3
-    assert [rule_with(rule, has_bonus=False) for rule in ("clicked", "seen")] == ["clicked", "seen"]
+    rules: Any = ("clicked", "seen", "none")
+    assert [rule_with(rule, REPEATS) for rule in rules] == ["none"] * 3
+    for bonus in (None, NEIGHBOURS):
+        assert [rule_with(rule, bonus) for rule in rules] == [*rules]
 
 
 def test_an_unknown_rule_is_refused_when_it_is_given() -> None:

@@ -81,10 +81,12 @@ class Fitted:
         log: The log that it was fitted to, which an export needs; None for samples alone.
         bonus: What is added to the scores of the items in a query's history, and of what people
             took near them; None is nothing.
+        notes: Lines for the user.
     """
 
     log: Log | None
     bonus: HistoryBonus | None
+    notes: list[str]
 
     @property
     def towers(self) -> Exportable:
@@ -142,8 +144,10 @@ class Fitted:
         # The first member may be of another package.
         training = getattr(self.first, "training", None) or TrainingSettings()
         bonus = bonus_for(self, self.log, training, validation, exclude, seed)
+        if bonus is None:
+            return self
         model: Any = self  # Each subclass is a dataclass.
-        return self if bonus is None else dataclasses.replace(model, bonus=bonus)
+        return dataclasses.replace(model, bonus=bonus, notes=[*self.notes, *bonus.notes])
 
     def exportable(self) -> Exportable:
         """Gathers what an export holds: the towers and the whole log, test part included.

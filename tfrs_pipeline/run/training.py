@@ -126,10 +126,10 @@ def train_and_refit(
         )
 
     model = fit("selection", max_epochs or config.training.max_epochs)
-    if has_bonus:
-        model = model.with_bonus(data.validation, config.evaluation.exclude, config.seed)
     # The second training has no validation, so this one's curves and its bonus are kept.
-    chosen, bonus = model.result, model.bonus
+    chosen, bonus = model.result, None
+    if has_bonus:
+        bonus = model.with_bonus(data.validation, config.evaluation.exclude, config.seed).bonus
     notes = [] if source is None else list(_about_source(source, name, data))
     monitor = config.training.monitor
     monitored = chosen.history[f"val_{monitor}"]
@@ -205,10 +205,9 @@ def train_sum(
     # The sum of the first trainings, which have not seen validation, chooses the bonus.
     selection = dataclasses.replace(data, final=data.selection)
     first = fit(selection, is_tested=not data.has_refit)
-    first = first.with_bonus(data.validation, config.evaluation.exclude, config.seed)
-    return _with_bonus(
-        fit(data, is_tested=True) if data.has_refit else first, first.bonus, data.split
-    )
+    bonus = first.with_bonus(data.validation, config.evaluation.exclude, config.seed).bonus
+    tested = fit(data, is_tested=True) if data.has_refit else first
+    return _with_bonus(tested, bonus, data.split)
 
 
 def queries_of(config: RunConfig, validation: Holdout) -> Truth:

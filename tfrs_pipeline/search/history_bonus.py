@@ -92,7 +92,8 @@ class NeighbourBonus:
     decay: float
 
     def __str__(self) -> str:
-        return f"{self.kind} scores {self.weight:+.3g} * its share, each times {self.decay:g}^age"
+        decay = f", times {self.decay:g}^age" if self.decay < 1 else ""
+        return f"{self.kind} scores {self.weight:+.3g} * its weight in the item graph{decay}"
 
     def of(self, history: np.ndarray, graph: ItemGraph) -> tuple[np.ndarray, np.ndarray]:
         """Returns the neighbours of a history, most recent first, and their bonuses.

@@ -32,7 +32,7 @@ class Nearness:
 
 KINDS = {
     "what came next": Nearness(window=3, is_directed=True, alpha=1.0),
-    "taken together": Nearness(window=10, is_directed=False, alpha=0.5),
+    "what was taken together": Nearness(window=10, is_directed=False, alpha=0.5),
 }
 
 

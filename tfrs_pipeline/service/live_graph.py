@@ -45,7 +45,7 @@ class LiveGraph(ItemGraph):
             near: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
             for user_id, user in zip(users, self._users.now(users), strict=True):
                 rows = self._items.rows(user.history).tolist()
-                seconds = user.times.astype(int).tolist()
+                seconds = np.nan_to_num(user.times).astype(int).tolist()
                 for place, key in enumerate(zip(user.history, seconds, strict=True)):
                     if key in clicks[user_id]:
                         self._count(rows, place, near)

@@ -1,4 +1,4 @@
-"""The bonus of the items in a history: every kind of query gets the answer computed by hand."""
+"""What a history adds to scores: every kind of query gets the answer computed by hand."""
 
 import dataclasses
 from collections import defaultdict
@@ -7,30 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from tests.exports.saved import ask_saved_model
-from tests.search.test_settings import clustered
-from tests.service.conftest import NUM_CANDIDATES, Served
+from tests.search.test_item_graph import neighbour_bonuses_by_hand, weights_by_hand
+from tests.service.conftest import NUM_CANDIDATES, Served, make_served
+from tfrs_pipeline import Holdout, evaluate, recommend
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.exports.export import export
 from tfrs_pipeline.exports.graph_index import load_scann_ops
-from tfrs_pipeline.search.candidates import Candidates
+from tfrs_pipeline.search.history_bonus import HistoryBonus, NeighbourBonus, RepeatBonus
+from tfrs_pipeline.search.item_graph import KINDS
 from tfrs_pipeline.search.queries import id_array, padded_ids
-from tfrs_pipeline.search.repeats import RepeatBonus
-from tfrs_pipeline.search.searcher import Searcher
-from tfrs_pipeline.search.settings import Exact, Level, Scann
+from tfrs_pipeline.search.settings import Exact, Scann
 from tfrs_pipeline.service.publish import SCANN_FOLDER
 from tfrs_pipeline.service.retriever import LoadedRetriever, load
 from tfrs_pipeline.service.signatures import completed, numpy_type
 
 pytestmark = pytest.mark.usefixtures("few_signatures")
-# A bonus in a ScaNN index, and a penalty in an exact one.
-BONUSES = {"int": RepeatBonus(3.0, power=0.5, forgetting=0.5), "str": RepeatBonus(-4.0, 0.0, 0.0)}
-
-
-@pytest.fixture(scope="module")
-def bonus(served: Served) -> RepeatBonus:
-    return BONUSES[served.ids]
+NEXT, TOGETHER = KINDS
+# A bonus of the history's items in a ScaNN index, and a penalty in an exact one.
+BONUSES = {
+    "int": HistoryBonus(RepeatBonus(3.0, 0.5, 0.5), NeighbourBonus(TOGETHER, 6.0, 0.7)),
+    "str": HistoryBonus(RepeatBonus(-4.0, 0.0, 0.0), NeighbourBonus(NEXT, 20.0, 0.3)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,16 @@ def repeating(served: Served) -> Served:
     return dataclasses.replace(served, clicks=clicks)
 
 
-def exported_to(folder: Path, repeating: Served, bonus: RepeatBonus) -> Path:
-    exportable = dataclasses.replace(repeating.exportable(), repeat_bonus=bonus)
+@pytest.fixture(scope="module")
+def bonus(repeating: Served) -> HistoryBonus:
+    """The bonus with the graph of the users' histories, as an export has it."""
+    model = dataclasses.replace(repeating.exportable(), bonus=BONUSES[repeating.ids])
+    assert model.bonus is not None
+    return model.bonus
+
+
+def exported_to(folder: Path, repeating: Served, bonus: HistoryBonus) -> Path:
+    exportable = dataclasses.replace(repeating.exportable(), bonus=bonus)
     index = Exact() if repeating.ids == "str" else Scann(recall=0.9)
     export(exportable, folder, index=index, filter_by="genres", queries=repeating.queries())
     return folder
@@ -51,14 +60,14 @@ def exported_to(folder: Path, repeating: Served, bonus: RepeatBonus) -> Path:
 @pytest.mark.nightly
 @pytest.mark.parametrize("served", ["int"], indirect=True)
 def test_a_fresh_process_adds_the_bonus(
-    repeating: Served, bonus: RepeatBonus, tmp_path: Path
+    repeating: Served, bonus: HistoryBonus, tmp_path: Path
 ) -> None:
     assert exported_to(tmp_path / "films", repeating, bonus).is_dir()
 
 
 @pytest.fixture(scope="module")
 def model_folder(
-    repeating: Served, bonus: RepeatBonus, module_path: Path, trusted_exports: None
+    repeating: Served, bonus: HistoryBonus, module_path: Path, trusted_exports: None
 ) -> Path:
     return exported_to(module_path / repeating.ids / "films", repeating, bonus)
 
@@ -68,17 +77,29 @@ def loaded(model_folder: Path) -> LoadedRetriever:
     return load(model_folder)
 
 
-def bonuses_by_hand(bonus: RepeatBonus, history: Sequence[Any]) -> dict[Any, float]:
-    """Adds up the occurrences of each item, the latest first."""
-    n: dict[Any, float] = defaultdict(float)
-    for age, item in enumerate(reversed(history)):
-        n[item] += (1 + age) ** -bonus.forgetting
-    return {item: bonus.weight * num**bonus.power for item, num in n.items()}
+def bonuses_by_hand(
+    served: Served, bonus: HistoryBonus, history: Sequence[Any]
+) -> dict[Any, float]:
+    """Adds up what each item of a history, oldest first, gives itself and its neighbours."""
+    items = Ids(served.candidate_ids)
+    rows = items.rows(history)[::-1].tolist()
+    added: dict[int, float] = defaultdict(float)
+    if (repeats := bonus.repeats) is not None:
+        n: dict[int, float] = defaultdict(float)
+        for age, row in enumerate(rows):
+            n[row] += (1 + age) ** -repeats.forgetting
+        for row, num in n.items():
+            added[row] += repeats.weight * num**repeats.power
+    if (near := bonus.neighbours) is not None:
+        weights = weights_by_hand([clicks.tolist() for clicks in served.clicks], near.kind)
+        for row, number in neighbour_bonuses_by_hand(near, rows, weights).items():
+            added[row] += number
+    return dict(zip(items.take(np.array([*added], int)).tolist(), added.values(), strict=True))
 
 
 def by_hand(
     served: Served,
-    bonus: RepeatBonus,
+    bonus: HistoryBonus,
     queries: Sequence[dict[str, Any]],
     k: int,
     exclude: Sequence[Collection[Any]] | None = None,
@@ -91,7 +112,7 @@ def by_hand(
         zip(queries, served.in_memory.score(queries), strict=True)
     ):
         known = [item for item in query.get("history", []) if item in ids]
-        added = bonuses_by_hand(bonus, known)
+        added = bonuses_by_hand(served, bonus, known)
         excluded = set(exclude[line]) if exclude else set()
         scores = {
             item: dot + added.get(item, 0)
@@ -113,7 +134,7 @@ def check(
 
 
 def test_a_given_history_counts_in_memory_in_the_graph_and_in_service(
-    repeating: Served, bonus: RepeatBonus, model_folder: Path, loaded: LoadedRetriever
+    repeating: Served, bonus: HistoryBonus, model_folder: Path, loaded: LoadedRetriever
 ) -> None:
     queries: list[dict[str, Any]] = [*repeating.queries(), {}, {"history": repeating.known(3)[:1]}]
     queries[1] = queries[1] | {"history": [*queries[1]["history"], queries[0]["history"][:1]][:-1]}
@@ -121,9 +142,10 @@ def test_a_given_history_counts_in_memory_in_the_graph_and_in_service(
     k = 12
     for excluded in (None, exclude):
         expected = by_hand(repeating, bonus, queries, k, excluded)
-        # The bonus decides: without it, the answers differ.
-        none = by_hand(repeating, RepeatBonus(0.0, 0.0, 0.0), queries, k, excluded)
-        assert expected[0] != none[0]
+        # Each part decides: without it, the answers differ.
+        for part in ("repeats", "neighbours"):
+            less = dataclasses.replace(bonus, **{part: None})
+            assert expected[0] != by_hand(repeating, less, queries, k, excluded)[0]
         check(bonus.added_to(repeating.in_memory).retrieve(queries, k, excluded), expected)
         check(loaded.retrieve(queries, k, excluded), expected)
         check(load(model_folder, exact=True).retrieve(queries, k, excluded), expected)
@@ -149,7 +171,7 @@ def ask_graph(folder: Path, queries: Sequence[Any], exclude: Any, k: int) -> Any
 
 
 def test_a_stored_history_counts_as_the_same_history_given(
-    repeating: Served, bonus: RepeatBonus, loaded: LoadedRetriever
+    repeating: Served, bonus: HistoryBonus, loaded: LoadedRetriever
 ) -> None:
     users = repeating.query_ids.tolist()
     expected = by_hand(repeating, bonus, repeating.queries(), NUM_CANDIDATES)
@@ -170,6 +192,51 @@ def test_a_stored_history_counts_as_the_same_history_given(
     seven = by_hand(repeating, bonus, repeating.queries(), 7)
     check((answer["candidate_ids"], answer["scores"]), seven)
     assert set(answer) == {"candidate_ids", "scores", "is_known_user", "num_known_items"}
+
+
+def test_recommend_and_evaluate_count_it_too(
+    repeating: Served, bonus: HistoryBonus, loaded: LoadedRetriever, tmp_path: Path
+) -> None:
+    queries = repeating.queries()
+    users, best = repeating.query_ids.tolist(), by_hand(repeating, bonus, queries, 9)
+    recommend(loaded, tmp_path / "best.parquet", k=9)
+    table = pq.read_table(tmp_path / "best.parquet")
+    assert table["user_id"].to_pylist() == np.repeat(np.array(users, object), 9).tolist()
+    assert table["item_id"].to_pylist() == [item for line in best[0] for item in line]
+    np.testing.assert_allclose(table["score"], best[1].ravel(), rtol=1e-4, atol=1e-4)
+    # Its place among the best decides what an item to find is worth.
+    histories = [np.array(query["history"], repeating.candidate_ids.dtype) for query in queries]
+    holdout = Holdout(
+        user_ids=repeating.query_ids,
+        histories=histories,
+        relevant=[np.array([line[row]]) for row, line in enumerate(best[0])],
+        clicked=histories,
+        seen=histories,
+        candidate_ids=repeating.candidate_ids,
+        candidate_counts=np.ones(NUM_CANDIDATES, int),
+        exposure=np.ones(NUM_CANDIDATES),
+        by="requests",
+    )
+    models = {"in memory": bonus.added_to(repeating.in_memory), "in service": loaded}
+    measured = evaluate(models, holdout, exclude="none", cutoffs=(9,))
+    for result in measured.results.values():
+        values = result.per_query["mrr@9"]
+        np.testing.assert_allclose(values, 1 / (1 + np.arange(len(queries))))
+
+
+def test_an_export_without_user_data_keeps_the_graph(tmp_path: Path) -> None:
+    served, bonus = make_served("int", use_user_id=False), BONUSES["int"]
+    model = dataclasses.replace(served.exportable(), bonus=bonus)
+    folder = export(model, tmp_path / "films", index=Exact(), user_data=False)
+    loaded = load(folder)
+    queries = [{"history": served.known(row)} for row in range(1, 7)]
+    expected = by_hand(served, bonus, queries, 12)
+    check(loaded.retrieve(queries, 12), expected)
+    assert not len(loaded.stored.users)
+    inputs = {"user_id": np.full(len(queries), -1), "k": 12}
+    inputs["history"] = padded_ids([query["history"] for query in queries], are_text=False)
+    answer = ask_saved_model(loaded.folder, "retrieve", inputs, len(queries))
+    check((answer["candidate_ids"], answer["scores"]), expected)
 
 
 def test_an_event_does_not_take_the_users_items_out(
@@ -195,31 +262,6 @@ def test_similar_items_have_no_bonus(repeating: Served, loaded: LoadedRetriever)
     best = [i for i in np.argsort(-scores) if i != 3][:5]
     (ids,), _ = loaded.similar([item], 5)
     assert ids.tolist() == repeating.candidate_ids[best].tolist()
-
-
-@pytest.mark.parametrize("kind", ["exact", "scann"])
-def test_candidates_that_change_get_the_bonus_of_their_id(kind: str) -> None:
-    vectors, queries, new = clustered(300), clustered(4, seed=1), clustered(3, seed=2)
-    searcher = Searcher.build(vectors, 10) if kind == "scann" else None
-    levels = [Level(100, 10, 300)] if searcher else []
-    candidates = Candidates(list(range(300)), vectors, searcher, levels)
-    # 7 is replaced, 300 and 301 are new, 8 is gone.
-    candidates.change([7, 300, 301], new, removed=[8])
-    now = dict(enumerate(vectors)) | dict(zip([7, 300, 301], new, strict=True))
-    del now[8]
-    # The best item of each query too, which a search without the bonus would find.
-    best_ids = np.argsort(-(queries @ vectors.T), axis=1)[:, 0].tolist()
-    numbers = np.array([5, 6, -5, 7, 0, 0.1, 9], np.float32)  # The last one is padding.
-    bonuses = [([7, 8, 301, 999, 20, best], numbers) for best in best_ids]
-    for exclude in ([], [20, 7, 55]):
-        ids, scores = candidates.search(queries, 40, [exclude] * 4, bonuses=bonuses)
-        for line, query in enumerate(queries):
-            added = dict(zip(bonuses[line][0], numbers.tolist(), strict=False))
-            expected = {i: float(v @ query) + added.get(i, 0) for i, v in now.items()}
-            left = expected.keys() - {*exclude}
-            best = sorted(left, key=expected.__getitem__, reverse=True)[:40]
-            assert ids[line].tolist() == best
-            np.testing.assert_allclose(scores[line], [expected[i] for i in best], rtol=1e-4)
 
 
 def test_without_a_bonus_nothing_changes(repeating: Served) -> None:
