@@ -38,7 +38,7 @@ from tfrs_pipeline.run.folder import PLANS_FOLDER, RunFolder
 from tfrs_pipeline.run.measure import evaluate_all
 from tfrs_pipeline.run.race import forget_networks
 from tfrs_pipeline.run.steps import RunContext, Step
-from tfrs_pipeline.run.training import check_plan, plan_of, step_of_training, train_and_refit
+from tfrs_pipeline.run.training import check_plan, plan_of, train_and_refit, training_step
 from tfrs_pipeline.settings import ConfigError
 
 Plan: TypeAlias = Mapping[str, Any]
@@ -175,7 +175,6 @@ def compare_plans(config: RunConfig, folder: Path, *, progress: Progress = SILEN
     again, and the unfinished one continues. Raises a `ConfigError` if `warm_start` is set, and a
     `ValueError` if the folder holds something else or the data is refused.
     """
-    _refuse_unfit(config)  # Before anything is written.
     run_folder = RunFolder(folder)
     with run_folder.claim(config, is_run=False):
         return compare_claimed(RunContext(config, run_folder, progress))
@@ -184,7 +183,11 @@ def compare_plans(config: RunConfig, folder: Path, *, progress: Progress = SILEN
 def compare_claimed(run: RunContext) -> Comparison:
     """Does a comparison, or what is left of it, in a folder that is claimed."""
     config = run.config
-    _refuse_unfit(config)
+    if config.warm_start is not None:
+        message = "the plans of a comparison all start from random weights; leave it out"
+        raise ConfigError([("warm_start", f"got {str(config.warm_start)!r}: {message}")])
+    if this_worker().count > 1:
+        raise ValueError("A comparison trains in one process. Unset TF_CONFIG, or use run.")
     plans, notes = run.do(plan_steps(config))
     data: RunData = run.artifacts["samples"]
     seeds = range(config.seed, config.seed + config.compare.seeds)
@@ -200,21 +203,13 @@ def compare_claimed(run: RunContext) -> Comparison:
             kept: dict[str, Any] = {"folder": run.folder.path / path, "progress": run.progress}
             return train_and_refit(planned, samples, name=label, **kept)
 
-        model = run.do([step_of_training(label, ("samples",), path, train)])
+        model = run.do([training_step(label, path, train)])
         del run.artifacts[label]  # One network at a time.
         return evaluate_all(config, {name: model}, data, run.progress), model.result
 
     comparison = _compared(plans, seeds, measure, config.training.monitor, notes)
     comparison.write(run.folder.path)
     return comparison
-
-
-def _refuse_unfit(config: RunConfig) -> None:
-    if config.warm_start is not None:
-        message = "the plans of a comparison all start from random weights; leave it out"
-        raise ConfigError([("warm_start", f"got {str(config.warm_start)!r}: {message}")])
-    if this_worker().count > 1:
-        raise ValueError("A comparison trains in one process. Unset TF_CONFIG, or use run.")
 
 
 def _label(name: str, seed: int, num_seeds: int) -> str:

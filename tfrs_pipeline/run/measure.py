@@ -18,7 +18,6 @@ from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.evaluation.results import Evaluation, joined
 from tfrs_pipeline.messages import SILENT, Progress, as_interrupts, counted
-from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.data import RunData, final_part
 from tfrs_pipeline.run.steps import RunContext
@@ -97,11 +96,8 @@ def measure_baselines(run: RunContext, samples: RunData) -> MeasuredBaselines:
             del at_work[name]
             write_record(path, record)
     run.note(*(f"{name} is left out: {why}" for name, why in not_measured.items()))
-    named, by = config.evaluation.baselines, "evaluation.baselines"
-    for name, preset in PRESETS.items():
-        if preset.settings.get("evaluation.baselines") == named:
-            by = f"the preset {name}"
-    run.note(*(f"{name}: left out by {by}" for name in BASELINES if name not in named))
+    unnamed = [name for name in BASELINES if name not in config.evaluation.baselines]
+    run.note(*(f"{name}: left out by evaluation.baselines" for name in unnamed))
     return MeasuredBaselines(evaluations, not_measured, failed)
 
 

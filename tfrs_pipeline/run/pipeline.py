@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from tfrs_pipeline.model.distribution import chief_first, on_chief, training_str
 from tfrs_pipeline.model.fitted_model import excluding
 from tfrs_pipeline.model.sums import Model
 from tfrs_pipeline.run.data import RunData, data_steps
-from tfrs_pipeline.run.folder import METRICS_FILE, RunFolder, name_of_log
+from tfrs_pipeline.run.folder import CHECKPOINTS, METRICS_FILE, RunFolder, name_of_log
 from tfrs_pipeline.run.gate import pass_gate
 from tfrs_pipeline.run.measure import MeasuredBaselines, examples_of, measure, measure_baselines
 from tfrs_pipeline.run.plans import ensemble_of, models_of, resolve_settings
 from tfrs_pipeline.run.race import race_step
 from tfrs_pipeline.run.refresh import WRITING
 from tfrs_pipeline.run.steps import RunContext, Step
-from tfrs_pipeline.run.training import training_step, trainings_of
+from tfrs_pipeline.run.training import train_model, training_step, trainings_of
 from tfrs_pipeline.search.settings import search_of
 from tfrs_pipeline.service.publish import MANIFEST_FILE, NotPublished, versions_of
 from tfrs_pipeline.service.version import LIBRARIES, NUM_QUERIES, ExportOptions, describe_index
@@ -62,14 +63,17 @@ def run_steps(config: RunConfig) -> list[Step]:
 
     The last step's file, metrics.json, marks a finished run.
     """
-    models, races = tuple(models_of(config)), bool(config.recipes)
+    models, race = models_of(config), ("race",) if config.recipes else ()
     judged = "samples", "baselines", "two_tower", "measured"
-    every = ["samples", "baselines", "measured", "version", *models, *(["race"] if races else [])]
+    every = ["samples", "baselines", "measured", "version", *models, *race]
     by_chief: dict[str, Any] = {"workers": "chief"}
     return [
         *data_steps(),
-        *([race_step()] if races else []),
-        *(training_step(name, races=races) for name in models),
+        *([race_step()] if race else []),
+        *(
+            training_step(name, f"{CHECKPOINTS}/{name}", partial(train_model, name=name), *race)
+            for name in models
+        ),
         Step("baselines", ("samples",), "baselines", measure_baselines, **by_chief),
         Step("evaluate", ("samples", "baselines", *models), "measured", measure, **by_chief),
         Step("export", judged, "version", _export_best, VERSION, _read_exported, **by_chief),

@@ -136,22 +136,3 @@ def as_lines(steps: Sequence[Step]) -> list[str]:
         f"{f' ({step.path})' if step.path else ''}"
         for step in steps
     ]
-
-
-def as_diagram(steps: Sequence[Step]) -> str:
-    """Draws steps as a Mermaid flowchart, with an arrow to each step that reads an artifact.
-
-    Example:
-        >>> split = Step("split", ("log",), "split", make=print, path="data/split.parquet")
-        >>> print(as_diagram([Step("data", (), "log", make=print), split]))
-        flowchart TD
-            log["data"]
-            split["split<br>data/split.parquet"]
-            log --> split
-    """
-    lines = ["flowchart TD"]
-    for step in steps:
-        path = f"<br>{step.path}" if step.path else ""
-        lines.append(f'    {step.writes}["{step.name}{path}"]')
-        lines += [f"    {name} --> {step.writes}" for name in step.reads]
-    return "\n".join(lines)

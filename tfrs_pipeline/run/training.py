@@ -25,15 +25,8 @@ from tfrs_pipeline.model.sums import FittedSum, Member, Model
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import WarmStart
 from tfrs_pipeline.run.data import RunData
-from tfrs_pipeline.run.folder import CHECKPOINTS, MODEL, RunFolder
-from tfrs_pipeline.run.plans import (
-    IALS,
-    Ensemble,
-    ensemble_in,
-    ensemble_of,
-    models_of,
-    training_in,
-)
+from tfrs_pipeline.run.folder import MODEL, RunFolder
+from tfrs_pipeline.run.plans import IALS, Ensemble, ensemble_in, ensemble_of, models_of, training_in
 from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.search.history_bonus import HistoryBonus
 
@@ -41,36 +34,25 @@ Training: TypeAlias = Literal["selection", "refit"]
 AnyModel = TypeVar("AnyModel", FittedTwoTower, FittedSum)
 
 
-def training_step(name: str, *, races: bool) -> Step:
-    """Returns the step that trains a model of a run, after its race if there is one."""
+def training_step(name: str, path: str, train: Callable[..., Model], *reads: str) -> Step:
+    """Returns the step that trains a model of a run or a comparison, kept at a path in its folder.
 
-    def make(run: RunContext, samples: RunData, race: Mapping[str, Any] | None = None) -> Model:
-        ensemble, folder = ensemble_of(run.config, race), run.folder.checkpoints
-        if name == MODEL and ensemble.is_sum:
-            return train_sum(run.config, ensemble, samples, folder=folder, progress=run.progress)
-        path, plan = ensemble.training(name)
-        return train_and_refit(
-            with_settings(run.config, plan.settings),
-            samples,
-            name=name,
-            folder=folder / path,
-            progress=run.progress,
-            max_epochs=plan.epochs,
-        )
-
-    reads, path = ("samples", "race") if races else ("samples",), "" if races else name
-    return step_of_training(name, reads, f"{CHECKPOINTS}/{path}", make)
-
-
-def step_of_training(
-    name: str, reads: tuple[str, ...], path: str, make: Callable[..., Model]
-) -> Step:
-    """Returns a step that trains a model, kept at a path in the folder of the run.
-
-    The training resumes after the last whole epoch there, which may be that of the refit.
+    `train` is called with the runner, the samples and what else the step reads. It resumes after
+    the last whole epoch in the folder, which may be that of the refit.
     """
     notes = attrgetter("notes")
-    return Step(f"train {name}", reads, name, make, path, describe=notes, workers="all")
+    return Step(
+        f"train {name}", ("samples", *reads), name, train, path, describe=notes, workers="all"
+    )
+
+
+def train_model(
+    run: RunContext, samples: RunData, race: Mapping[str, Any] | None = None, *, name: str = MODEL
+) -> Model:
+    """Trains a model of a run, by the record of its race if there is one."""
+    ensemble = ensemble_of(run.config, race)
+    train = train_sum if name == MODEL and ensemble.is_sum else train_member
+    return train(run, ensemble, samples, name)
 
 
 def check_plan(plan: TwoTower, data: TrainingSet) -> None:
@@ -162,20 +144,30 @@ def _with_bonus(model: AnyModel, bonus: HistoryBonus | None, split: Split) -> An
     return dataclasses.replace(model, bonus=bonus, notes=notes)
 
 
-def train_sum(
-    config: RunConfig,
-    ensemble: Ensemble,
-    data: RunData,
-    *,
-    folder: Path,
-    progress: Progress = SILENT,
-) -> FittedSum:
+def train_member(
+    run: RunContext, ensemble: Ensemble, data: RunData, name: str, *, has_bonus: bool = True
+) -> FittedTwoTower:
+    """Trains a model of a run by its plan; see `train_and_refit`."""
+    path, plan = ensemble.training(name)
+    return train_and_refit(
+        with_settings(run.config, plan.settings),
+        data,
+        name=name,
+        folder=run.folder.checkpoints / path,
+        progress=run.progress,
+        max_epochs=plan.epochs,
+        has_bonus=has_bonus,
+    )
+
+
+def train_sum(run: RunContext, ensemble: Ensemble, data: RunData, name: str = MODEL) -> FittedSum:
     """Trains each member of a sum as `train_and_refit` does, and sums them.
 
     A member that comes from a race trains for as many epochs as it had there, because these decided
     its weight; iALS is fitted anew. The queries of validation give the scales and the rotation of
     the sum.
     """
+    config = run.config
     queries = queries_of(config, data.validation).queries
 
     def fit(data: RunData, *, is_tested: bool) -> FittedSum:
@@ -183,21 +175,14 @@ def train_sum(
         notes: list[str] = []
         for name in ensemble.weights:
             if name == IALS:
-                progress.task(name, 0, 0)
+                run.progress.task(name, 0, 0)
                 members[name] = FittedIals.fit(Ials(seed=config.seed), data.final)
                 notes.append(f"{name}: fitted anew; an item without a positive has the vector 0")
                 continue
-            plan = ensemble.plans[name]
-            members[name] = model = train_and_refit(
-                with_settings(config, plan.settings),
-                data,
-                name=name,
-                folder=folder / name,
-                progress=progress,
-                max_epochs=plan.epochs,
-                # That of the first is for the test of it alone.
-                has_bonus=is_tested and not members,
-            )
+            # That of the first is for the test of it alone.
+            has_bonus = is_tested and not members
+            model = train_member(run, ensemble, data, name, has_bonus=has_bonus)
+            members[name] = model
             of_bonus = () if model.bonus is None else model.bonus.notes
             notes += [f"{name}: {note}" for note in model.notes if note not in of_bonus]
         return dataclasses.replace(FittedSum.of(members, ensemble.weights, queries), notes=notes)
