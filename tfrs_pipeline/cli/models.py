@@ -19,7 +19,7 @@ from tfrs_pipeline.cli.flags import OfModel, PositionalPath
 from tfrs_pipeline.durable import parquet_destination
 from tfrs_pipeline.messages import as_interrupts, counted, printable
 from tfrs_pipeline.service.publish import version_at
-from tfrs_pipeline.service.settings import ServeSettings, listening, read_token
+from tfrs_pipeline.service.settings import ServeSettings
 
 ParquetPath: TypeAlias = Annotated[Path, AfterValidator(parquet_destination)]
 """A Parquet file to write."""
@@ -35,16 +35,11 @@ class Serve(ServeSettings, OfModel):
 
     def __call__(self) -> int:
         """Serves until it is told to stop."""
-        version_at(self.model)  # Refuses at once, before TensorFlow is imported.
-        if self.token_file is not None:
-            read_token(self.token_file)
-        listening(self.host, self.port).close()  # Refuses a port in use.
         from tfrs_pipeline.service.server import serve
 
         # Answers report errors too, but a server's log must say when they happened.
         logging.getLogger("tfrs_pipeline").setLevel(logging.INFO)
-        settings = ServeSettings(**self.model_dump(include=set(ServeSettings.model_fields)))
-        serve(self.model, settings, lambda at: print(f"serving {self.model} at {at}", flush=True))
+        serve(self.model, self, lambda at: print(f"serving {self.model} at {at}", flush=True))
         return 0
 
 
@@ -98,7 +93,6 @@ class Recommend(OfModel):
 
     def __call__(self) -> int:
         """Writes the file and says how fast."""
-        version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
         from tfrs_pipeline.service.recommend import recommend
         from tfrs_pipeline.service.retriever import load
 
@@ -106,7 +100,7 @@ class Recommend(OfModel):
         options: dict[str, Any] = {"users": self.users, "k": self.k, "allowed": self.filter}
         try:
             with shown(console) as progress, as_interrupts():
-                about = recommend(load(version), self.out, **options, progress=progress)
+                about = recommend(load(self.model), self.out, **options, progress=progress)
         except KeyboardInterrupt:
             say(console, "\nstopped; the same command goes on")
             raise
@@ -129,9 +123,6 @@ class WriteLog(OfModel):
     disliked disliked.
     """
 
-    add: Path | None = None
-    """Parquet file of past events to record first: the columns of a log or the keys of events,
-    docs/guides/events_in_service.md. Events that are recorded already change nothing."""
     out: ParquetPath | None = None
     """Parquet file to write; an earlier one is replaced once the new one is complete. Once rows
     were dropped, it is refused, since it may be their only copy."""
@@ -139,28 +130,15 @@ class WriteLog(OfModel):
     """Delete events and answers that are older than this many days, after the file is written."""
 
     def _problems(self) -> Iterator[tuple[str, str]]:
-        if not any((self.out, self.add, self.drop_older_days)):
-            yield "out", "required, or --drop-older-days N to delete old rows, or --add FILE"
+        if not (self.out or self.drop_older_days):
+            yield "out", "required, or --drop-older-days N to delete old rows"
 
     def __call__(self) -> int:
-        """Records, writes and deletes as asked, and says how many rows."""
-        from tfrs_pipeline.service.log_of_service import record_file, write_log
+        """Writes and deletes as asked, and says how many rows."""
+        from tfrs_pipeline.service.log_of_service import write_log
         from tfrs_pipeline.service.user_events import Journal
 
         console, journal = Console(), Journal(version_at(self.model).parent)
-        if self.add is not None:
-            from tfrs_pipeline.service.retriever import load
-
-            model = load(self.model)
-            recorded = record_file(model, self.add)
-            events = counted(recorded["num_events"], "event")
-            say(console, f"recorded  {self.add}: {events}, {recorded['num_new']:,} new")
-            if num := recorded["num_unknown_items"]:
-                say(console, f"{counted(num, 'event')} of items that the model does not have now")
-            if (num := recorded["num_before_end"]) and model.users.journal is not None:
-                end = datetime.fromtimestamp(model.users.until / 1000, UTC)
-                text = f"{counted(num, 'event')} from before the end of the model's log, "
-                say(console, f"{text}{end:%Y-%m-%d %H:%M} UTC: they join no history")
         written_before = None
         if self.out is not None:
             # An old event that comes while the file is written stays for the next file.
@@ -186,11 +164,10 @@ class Vectors(OfModel):
 
     def __call__(self) -> int:
         """Writes the file and says what is in it."""
-        version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
         from tfrs_pipeline.service.retriever import load
         from tfrs_pipeline.service.vectors import write_vectors
 
-        about = write_vectors(load(version, exact=True), self.file)
+        about = write_vectors(load(self.model, exact=True), self.file)
         lengths = "{min_norm:.3g} to {max_norm:.3g}".format(**about)
         if about["unit_length"]:
             lengths = "1, so cosine similarity ranks alike"
@@ -248,12 +225,11 @@ class Query(OfModel):
 
     def __call__(self) -> int:
         """Queries the model and prints the answer."""
-        version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
         gc.disable()  # The import makes many objects, and all of them stay.
         from tfrs_pipeline.service.retriever import load
 
         gc.enable()
-        retriever = load(version, exact=self.exact)
+        retriever = load(self.model, exact=self.exact)
         about: dict[str, Any] = {}
         notes: list[str] = []
         ids, scores = self._ask(retriever, about, notes)
@@ -323,7 +299,7 @@ class Query(OfModel):
             query = {"user_id": about.get("user_id"), "history": history, "request": request}
             left_out = retriever.left_out([query])[0] + exclude
             ids, scores = retriever.retrieve([query], k, [left_out], allowed=allowed)
-            are_known = zip(history, retriever.knows(history), strict=True)
+            are_known = zip(history, retriever.stored.has_items(history), strict=True)
             unknown = [id_ for id_, is_known in are_known if not is_known]
             about |= {"history": history, "unknown_items": unknown}
             notes += _history_notes(history, unknown)

@@ -130,10 +130,9 @@ class ModelVersions:
     def __init__(self, path: Path, load_version: Callable[[Path], ServedVersion]) -> None:
         self._is_version = (path / MANIFEST_FILE).is_file()
         # A symbolic link to a model keeps its own name, and is followed again each time.
-        path = path.resolve() if self._is_version else Path(os.path.abspath(path))
-        self._path = path
+        self._path = path.resolve() if self._is_version else Path(os.path.abspath(path))
         self._load_version = load_version
-        self.folder = path.parent if self._is_version else path
+        self.folder = self._path.parent if self._is_version else self._path
         self.name = self.folder.name
         # `writing` is held while live items are written, and while the version in use changes.
         self._lock, self.writing = threading.Lock(), threading.Lock()
