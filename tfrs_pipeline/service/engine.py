@@ -36,8 +36,6 @@ class Engine:
         self, parts: Parts, users: Users, candidates: Candidates, manifest: Mapping[str, Any]
     ) -> None:
         self._parts, self._users, self._candidates = parts, users, candidates
-        # Read now, so that a bad one is refused here, and a version may be deleted later.
-        self._query_tower, self._candidate_tower = parts.query_tower, parts.candidate_tower
         self._has_bias = manifest["has_item_bias"]
         bonus = manifest["repeat_bonus"]
         self._bonus = None if bonus is None else RepeatBonus(**bonus)
@@ -128,7 +126,9 @@ class Engine:
         for start in range(0, max(len(histories), 1), QUERIES_PER_CALL):
             block = slice(start, start + QUERIES_PER_CALL)
             part = {name: array[block] for name, array in arrays.items()}
-            blocks.append(self._query_tower(self._parts.inputs.encode(part, histories[block])))
+            blocks.append(
+                self._parts.query_tower(self._parts.inputs.encode(part, histories[block]))
+            )
         if self._bonus is not None:
             known["repeats"] = [self._bonus.of(history.rows) for history in histories]
         return {
@@ -149,7 +149,9 @@ class Engine:
         inputs |= {FEATURE + name: values for name, values in encoded.items()}
         # At least one call: without an item, it still gives the number of dimensions.
         blocks = [
-            self._candidate_tower({n: x[start : start + ITEMS_PER_CALL] for n, x in inputs.items()})
+            self._parts.candidate_tower(
+                {n: x[start : start + ITEMS_PER_CALL] for n, x in inputs.items()}
+            )
             for start in range(0, max(len(rows), 1), ITEMS_PER_CALL)
         ]
         return np.concatenate(blocks), rows > 0

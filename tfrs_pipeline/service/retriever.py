@@ -24,7 +24,7 @@ from tfrs_pipeline.search.searcher import Searcher
 from tfrs_pipeline.search.settings import Level, has_scann
 from tfrs_pipeline.service import publish
 from tfrs_pipeline.service.engine import Engine
-from tfrs_pipeline.service.live_items import Item, LiveItems, Store
+from tfrs_pipeline.service.live_items import Item, LiveItems
 from tfrs_pipeline.service.parts import Parts
 from tfrs_pipeline.service.signatures import (
     FILTERED,
@@ -83,8 +83,6 @@ class LoadedRetriever:
         self.folder, self.manifest = folder, _manifest(folder)
         # The live items of a model lie beside its versions, so a copied version has none.
         is_live = live and folder.name.isdecimal()
-        if is_live:
-            Store(folder.parent).check()  # A damaged file is refused before the rest is loaded.
         has_users = self.manifest["user_data"]
         parts = Parts.read(folder / publish.SERVICE_FOLDER, self.manifest)
         self.stored, self.inputs = parts.stored, parts.inputs
