@@ -297,12 +297,6 @@ def _model_routes(server: ModelServer) -> list[Route]:
             num_deleted = await asyncio.wrap_future(server.recorder.forget(user_id))
         return JSONResponse({"num_deleted": num_deleted})
 
-    async def model_metadata(request: Request) -> Response:
-        with versions.use(server.number(request)) as version:
-            spec = {"name": versions.name, "signature_name": "", "version": str(version.number)}
-            signatures = {"signature_def": {"signature_def": version.signature_def}}
-            return JSONResponse({"model_spec": spec, "metadata": signatures})
-
     async def model_status(request: Request) -> Response:
         number = server.number(request)
         statuses = [
@@ -345,7 +339,6 @@ def _model_routes(server: ModelServer) -> list[Route]:
             # For every method, and first: the last route would take ":predict" for a part of the
             # name.
             Route(f"{address}:predict", server.predict, methods=list(http.HTTPMethod)),
-            Route(f"{address}/metadata", model_metadata),
             Route(address, model_status),
         ]
     return routes
