@@ -261,7 +261,7 @@ def test_the_page_asks(served: Served, version: ServedVersion, model: LoadedRetr
         return list(model.retrieve([query], K, [history])[0][0].tolist())
 
     body = json.dumps({"items": history, "k": K, "request": TYPED}).encode()
-    answer = page.answer(version, body, ServeSettings())
+    answer = page.answer(version, body)
     shown = [item["item_id"] for item in answer["index"]["items"]]
     assert shown == best({"history": history, "request": READ}) != best(query)
     fields = page.card(version)["request"]
