@@ -1,6 +1,7 @@
 """The commands that query or serve an exported model, replace its items, or write their vectors."""
 
 import gc
+import itertools
 import json
 import logging
 import os
@@ -230,9 +231,7 @@ class Query(OfModel):
 
         gc.enable()
         retriever = load(self.model, exact=self.exact)
-        about: dict[str, Any] = {}
-        notes: list[str] = []
-        ids, scores = self._ask(retriever, about, notes)
+        ids, scores, about, notes = self._ask(retriever)
         titles = retriever.titles()
         # Slots without an item, which fill an answer up to k, have the score -inf.
         items = [
@@ -260,25 +259,27 @@ class Query(OfModel):
         return 0
 
     def _ask(
-        self, retriever: "LoadedRetriever", about: dict[str, Any], notes: list[str]
-    ) -> tuple[list[Any], list[float]]:
-        """Returns ids and scores; adds entries to the JSON and notes."""
+        self, retriever: "LoadedRetriever"
+    ) -> tuple[list[Any], list[float], dict[str, Any], list[str]]:
+        """Returns ids, scores, what else the JSON says, and the lines above the table."""
         from tfrs_pipeline.features.encoding import parse_request
 
         features = retriever.features["request"]
         request = parse_request(features, self.request)
-        if self.similar_to is None:
-            notes += _request_notes(features, self.request, request)
+        about: dict[str, Any] = {}
+        notes = [
+            *(_request_notes(features, self.request, request) if self.similar_to is None else ())
+        ]
         if self.user is not None:
             about["user_id"] = retriever.stored.parse_id(self.user, "user")
         if self.request:
             about["request"] = dict(self.request)
         exclude = list(map(retriever.stored.parse_id, self.exclude))
         if exclude:
-            known = set(retriever.candidate_ids())
-            about["unknown_excluded"] = [id_ for id_ in exclude if id_ not in known]
-            if about["unknown_excluded"]:
-                names = printable(", ".join(map(str, about["unknown_excluded"])))
+            is_known = retriever.candidates.has(exclude)
+            about["unknown_excluded"] = unknown = [*itertools.compress(exclude, ~is_known)]
+            if unknown:
+                names = printable(", ".join(map(str, unknown)))
                 notes.append(f"Excluded without effect, because the model lacks them: {names}.")
         # The index has no more. The table says so if fewer are left.
         k = min(self.k, retriever.num_candidates)
@@ -287,23 +288,23 @@ class Query(OfModel):
             about["similar_to"] = item = retriever.stored.parse_id(self.similar_to)
             ids, scores = retriever.similar([item], k, [exclude], allowed=allowed)
         elif self.history is None:
-            ids, scores, (is_known,) = retriever.retrieve_user(
+            ids, scores, (is_known_user,) = retriever.retrieve_user(
                 [about["user_id"]], k, [exclude], allowed=allowed, requests=[request]
             )
-            about["is_known_user"] = bool(is_known)
-            if not is_known:
-                unknown_user = f"User {self.user} is unknown to this model"
-                notes.append(f"{unknown_user}: answered for an empty history.")
+            about["is_known_user"] = bool(is_known_user)
+            if not is_known_user:
+                notes.append(
+                    f"User {self.user} is unknown to this model: answered for an empty history."
+                )
         else:
             history = list(map(retriever.stored.parse_id, self.history))
             query = {"user_id": about.get("user_id"), "history": history, "request": request}
             left_out = retriever.left_out([query])[0] + exclude
             ids, scores = retriever.retrieve([query], k, [left_out], allowed=allowed)
-            are_known = zip(history, retriever.stored.has_items(history), strict=True)
-            unknown = [id_ for id_, is_known in are_known if not is_known]
+            unknown = [*itertools.compress(history, ~retriever.stored.has_items(history))]
             about |= {"history": history, "unknown_items": unknown}
             notes += _history_notes(history, unknown)
-        return ids[0].tolist(), scores[0].tolist()
+        return ids[0].tolist(), scores[0].tolist(), about, notes
 
 
 def _request_notes(
