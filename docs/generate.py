@@ -248,7 +248,7 @@ def presets() -> Iterator[str]:
 def commands() -> Iterator[str]:
     """Yields the flags of each command that its `--help` shows."""
     for command, parser in COMMAND_LINE.parsers().items():
-        about = inspect.getdoc(COMMAND_LINE.commands[command]) or ""
+        about = inspect.getdoc(COMMAND_LINE.table(command)) or ""
         about = re.sub(r"--[a-z][\w.-]*\w", r"`\g<0>`", about)
         yield from (f"## `{COMMAND_LINE.program} {command}`", "", *about.splitlines(), "")
         yield from ("| flag | values | |", "|---|---|---|")

@@ -89,10 +89,10 @@ def squeezed(text: str) -> str:
 def test_a_command_explains_itself(command: Any, name: str) -> None:
     answer = command(name, "--help")
     assert (answer.code, answer.err) == (0, "")
-    doc = str(COMMAND_LINE.commands[name].__doc__)
+    doc = str(COMMAND_LINE.table(name).__doc__)
     assert squeezed(doc) in squeezed(answer.out)
     assert squeezed(name + doc.split("\n\n")[0]) in squeezed(command("--help").out)
-    for _, field in settings(COMMAND_LINE.commands[name]) if name not in TRAINING else ():
+    for _, field in settings(COMMAND_LINE.table(name)) if name not in TRAINING else ():
         assert field.description
         assert squeezed(explained(field)) in squeezed(answer.out)
 

@@ -150,7 +150,7 @@ def test_items_that_the_table_lacks_are_read_in_histories_and_not_retrieved(warm
     assert "75 candidates" in reports["samples"].notes[1]
     retriever, withdrawn = load(str(result.export_folder)), ids_of(WITHDRAWN)
     assert set(retriever.candidate_ids()) == {*ids_of(TODAY)} - {*withdrawn}
-    assert retriever.knows(withdrawn).all()
+    assert retriever.stored.has_items(withdrawn).all()
     ids, _ = retriever.retrieve([{"history": withdrawn}, {}], len(TODAY))
     assert ids[0].tolist() != ids[1].tolist()
     # The users' stored histories hold them, too.

@@ -75,7 +75,7 @@ def test_each_answer_says_what_it_knew_of_its_query(
     assert answer["is_known_user"] == [False] * 4
     # An answer that knew nothing is the one for an empty history, and now says so.
     assert answer["candidate_ids"][1] == answer["candidate_ids"][2]
-    knows = load(int_folder).knows
+    knows = load(int_folder).stored.has_items
     assert [int(knows(line).sum()) for line in histories] == known
     users = [*films_served.query_ids.tolist(), STRANGE]
     stored = [len(films_served.clicks[row]) for row in range(1, NUM_QUERIES + 1)]

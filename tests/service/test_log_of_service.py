@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -517,9 +517,7 @@ def test_no_log_is_replaced_once_rows_were_dropped(
     assert write_log(films, out) == 1
 
 
-def test_past_events_are_recorded_from_a_file(
-    films: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_log_is_recorded_again(films: Path, tmp_path: Path) -> None:
     types = ("click", "view", "dislike", "ranked")
     events = [
         event(n % 7, n % 5, types[n % 4], time=1_770_000_000 + n // 3, request_id=f"r{n % 9}")
@@ -529,80 +527,13 @@ def test_past_events_are_recorded_from_a_file(
     write_log(films, tmp_path / "log.parquet")
     other = Path(shutil.copytree(films, tmp_path / "other" / "films"))
     Journal(other).path.unlink()
-    monkeypatch.setattr(log_of_service, "_EVENTS_PER_WRITE", 7)
+    first = pq.read_table(tmp_path / "log.parquet")
+    past = first.drop_columns("rank").rename_columns({"timestamp": "time", "stage": "type"})
     # Tomorrow's store holds what today's log does, and adding it again changes nothing.
-    done = command("log", other, "--add", tmp_path / "log.parquet", "--out", tmp_path / "2.parquet")
-    num = pq.read_metadata(tmp_path / "log.parquet").num_rows
-    assert (done.code, f"{num} events, {num} new" in done.out) == (0, True)
-    again, first = (pq.read_table(tmp_path / name) for name in ("2.parquet", "log.parquet"))
-    assert again.equals(first)
-    done = command("log", other, "--add", tmp_path / "log.parquet")
-    assert f"{num} events, 0 new" in done.out
-    # The keys of events, in any order of users and times, with ids of the client's own.
-    rows = [{**row, "event_id": str(n), "note": "x"} for n, row in enumerate(events[::-1])]
-    rows = [{**row, "time": datetime.fromtimestamp(row["time"], UTC)} for row in rows]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "keys.parquet")
-    Journal(other).path.unlink()
-    for num_new in (90, 0):
-        counts = log_of_service.record_file(load(other), tmp_path / "keys.parquet")
-        assert (counts["num_events"], counts["num_new"]) == (90, num_new)
-    missing = tmp_path / "missing.parquet"
-    of_users = [Journal(folder).of_users(range(7)) for folder in (films, other)]
-    by_time = [
-        {user: sorted(e[1:5] for e in rows) for user, rows in users.items()} for users in of_users
-    ]
-    assert by_time[0] == by_time[1]
-    # Wrong files are refused in a line that says what to do.
-    table = pa.Table.from_pylist(rows)
-    pq.write_table(table.drop_columns("time"), tmp_path / "keys.parquet")
-    done = command("log", other, "--add", tmp_path / "keys.parquet")
-    assert (done.code, "no column 'time'" in done.err, "or timestamp" in done.err) == (
-        1,
-        True,
-        True,
-    )
-    wrong = pa.array(["buy", *["view"] * 89])
-    pq.write_table(table.set_column(2, "type", wrong), tmp_path / "keys.parquet")
-    done = command("log", other, "--add", tmp_path / "keys.parquet")
-    assert (done.code, "keys.parquet, row 1: " in done.err) == (1, True)
-    assert "type: must be one of click" in done.err
-    # A time without a zone may be that of any clock.
-    naive = table["time"].cast(pa.timestamp("us"))
-    pq.write_table(table.set_column(table.schema.get_field_index("time"), "time", naive), missing)
-    done = command("log", other, "--add", missing)
-    assert (done.code, "time: needs a time zone; a column of times" in done.err) == (1, True)
-    # A time that is missing would be that of the command.
-    wrong = pa.array([None, *table["time"][1:]], table["time"].type)
-    pq.write_table(table.set_column(table.schema.get_field_index("time"), "time", wrong), missing)
-    done = command("log", other, "--add", missing)
-    assert (done.code, "column 'time' is missing in 1 of 90 rows" in done.err) == (1, True)
-    (tmp_path / "keys.csv").write_text("user_id,item_id,type,time\n1,2,click,1770000000\n")
-    done = command("log", other, "--add", tmp_path / "keys.csv")
-    assert (done.code, "come in a .parquet file" in done.err) == (1, True)
-    assert Journal(other).of_users(range(7)) == of_users[1]  # Nothing was recorded.
-
-
-def test_past_events_that_change_no_history_are_counted(
-    films: Path, tmp_path: Path, command: Any
-) -> None:
-    end = datetime.fromtimestamp(load(films).users.until / 1000, UTC)
-    later = [end + timedelta(milliseconds=n) for n in range(-1, 4)]
-    items, file = [3, 10, 17, 999_999, 24], tmp_path / "past.parquet"
-    past = {"user_id": [999] * 5, "item_id": items, "type": ["click"] * 5, "time": later}
-    pq.write_table(pa.table(past), file)
-    done = command("log", films, "--add", file)
-    lines = [" ".join(line.split()) for line in done.out.splitlines()]
-    assert lines[-2:] == [
-        "1 event of items that the model does not have now",
-        f"2 events from before the end of the model's log, {end:%Y-%m-%d %H:%M} UTC: they join no "
-        "history",
-    ]
-    assert "past.parquet: 5 events, 5 new" in done.out
-    # What it says is how the model answers.
-    assert load(films).users.history(999) == [24, 999_999, 17]
-    known = pq.read_table(file).filter(pa.array([False, False, True, False, True]))
-    pq.write_table(known, file)
-    assert command("log", films, "--add", file).out.endswith("past.parquet: 2 events, 0 new\n")
+    for num_new in (len(first), 0):
+        assert load(other).record(past.to_pylist()) == num_new
+        write_log(other, tmp_path / "again.parquet")
+        assert pq.read_table(tmp_path / "again.parquet").equals(first)
 
 
 def test_a_log_of_models_with_numbers_and_with_text_as_ids_has_text(

@@ -178,7 +178,7 @@ def test_filters_go_by_todays_values(refreshed: Refreshed) -> None:
     assert refreshed.new_ids[0] in with_a
     # In a history, items of the training are known even if they are gone, and new ones are not.
     asked = [*refreshed.served.candidate_ids[[0, -1]].tolist(), *refreshed.new_ids]
-    assert loaded.knows(asked).tolist() == [True, True, False, False]
+    assert loaded.stored.has_items(asked).tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize("refreshed", ["int"], indirect=True)

@@ -213,7 +213,10 @@ E = {"price": [1.0], "vector": [[1.0, 2.0, 3.0]], "number": 1}
         (inputs("embed", **{**E, "price": ["1"]}), "inputs.price.0: Input should be a valid"),
         (inputs("embed", **{**E, "price": [True]}), "valid number. Received: True"),
         (inputs("timed", timestamp=[1.7e12], history_timestamps=[[1.0]]), "milliseconds by 1,000"),
-        (inputs("timed", timestamp=[1.0], history_timestamps=[[1.7e12]]), "'history_timestamps' t"),
+        (
+            inputs("timed", timestamp=[1.0], history_timestamps=[[1.7e12]]),
+            "history_timestamps.0.0: takes sec",
+        ),
         (inputs("embed", **{**E, "price": [None]}), "valid number. Received: None"),
         (inputs("embed", **{**E, "price": [10**400]}), "valid number"),
         (EMBED.replace(b"7.5", b"1e999"), "takes finite float64 values, or null"),

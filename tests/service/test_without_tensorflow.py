@@ -41,11 +41,11 @@ heavy = {"scann", "matplotlib", "ibis", "duckdb", "implicit", "scipy"}
 imported = heavy & {name for name, module in sys.modules.items() if module is not None}
 assert not imported, imported
 assert "_scann_ops" not in open("/proc/self/maps").read()  # ScaNN's operation.
+model.record([{"user_id": 103, "item_id": 3, "type": "view", "time": 1.77e9}])
 for command in (
     ["query", folder, "--user", "101", "-k", "5"],
     ["recommend", folder, "--out", work / "best.parquet", "-k", "4"],
     ["vectors", folder, work / "vectors.parquet"],
-    ["log", folder, "--add", work / "past.parquet"],
     ["log", folder, "--out", work / "log.parquet"],
     ["refresh-index", folder, "--items", work / "items.parquet"],
 ):
@@ -66,8 +66,6 @@ def test_all_of_service_works_without_tensorflow(exported: Exported, tmp_path: P
     folder = Path(shutil.copytree(model, tmp_path / "films"))
     items = {"item_id": served.candidate_ids.tolist()[5:], "genres": served.genres[5:]}
     pq.write_table(pa.table(items), tmp_path / "items.parquet")
-    past = {"user_id": [103], "item_id": [3], "type": ["view"], "time": [1.77e9]}
-    pq.write_table(pa.table(past), tmp_path / "past.parquet")
     command = [sys.executable, "-c", PROGRAM, str(folder), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -4,17 +4,16 @@ import atexit
 import gc
 import logging
 import os
-import pkgutil
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tfrs_pipeline
 from tfrs_pipeline.cli.console import PROGRAM
-from tfrs_pipeline.cli.flags import Command, CommandLine, UsageError
+from tfrs_pipeline.cli.flags import CommandLine, UsageError
 from tfrs_pipeline.libraries import require
 from tfrs_pipeline.messages import as_interrupts
 from tfrs_pipeline.service.publish import NotPublished
@@ -26,31 +25,18 @@ NOT_PUBLISHED = 3
 BROKEN_PIPE = 141
 
 
-class _Commands(Mapping[str, type[Command]]):
-    """Commands by name, each imported when it is looked up: a query needs no settings of runs."""
-
-    _PLACES = {
-        "run": "runs:Run",
-        "compare": "runs:Compare",
-        "report": "runs:Report",
-        "query": "models:Query",
-        "serve": "models:Serve",
-        "refresh-index": "models:RefreshIndex",
-        "recommend": "models:Recommend",
-        "log": "models:WriteLog",
-        "vectors": "models:Vectors",
-    }
-
-    def __getitem__(self, name: str) -> type[Command]:
-        return pkgutil.resolve_name(f"tfrs_pipeline.cli.{self._PLACES[name]}")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._PLACES)
-
-    def __len__(self) -> int:
-        return len(self._PLACES)
-
-
+# Each is imported when it is looked up: a query needs no settings of runs.
+COMMANDS = {
+    "run": "tfrs_pipeline.cli.runs:Run",
+    "compare": "tfrs_pipeline.cli.runs:Compare",
+    "report": "tfrs_pipeline.cli.runs:Report",
+    "query": "tfrs_pipeline.cli.models:Query",
+    "serve": "tfrs_pipeline.cli.models:Serve",
+    "refresh-index": "tfrs_pipeline.cli.models:RefreshIndex",
+    "recommend": "tfrs_pipeline.cli.models:Recommend",
+    "log": "tfrs_pipeline.cli.models:WriteLog",
+    "vectors": "tfrs_pipeline.cli.models:Vectors",
+}
 TRAINING = ("run", "compare")
 # Command -> the extra without which it does nothing.
 EXTRA_OF = {
@@ -69,7 +55,7 @@ COMMAND_LINE = CommandLine(
     PROGRAM,
     tfrs_pipeline.__version__,
     "Retrieval models from the logs of a recommendation funnel.",
-    _Commands(),
+    COMMANDS,
     brief=dict.fromkeys(TRAINING, BRIEF),
 )
 
@@ -121,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _do(name: str, settings: Mapping[str, Any]) -> int:
     if name not in TRAINING:
-        command: Any = COMMAND_LINE.commands[name]
+        command: Any = COMMAND_LINE.table(name)
         return int(command(**settings)())
     from tfrs_pipeline.cli.runs import train
 

@@ -7,6 +7,7 @@ check, as they do with a config file.
 
 import argparse
 import dataclasses
+import pkgutil
 import types
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class _Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A program's commands; the docstring of each is its help.
+    """A program's commands, named as "package.module:Table"; the docstring of each is its help.
 
     `brief` names a command's settings within tables that `--help` shows; `--help-all` shows all.
     """
@@ -102,8 +103,13 @@ class CommandLine:
     program: str
     version: str
     description: str
-    commands: Mapping[str, type[Config]]
+    commands: Mapping[str, str]
     brief: Mapping[str, Collection[str]]
+
+    def table(self, command: str) -> type[Config]:
+        """Imports the settings of a command."""
+        table: type[Config] = pkgutil.resolve_name(self.commands[command])
+        return table
 
     def read(self, arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         """Reads a command and its settings by dotted name; values are not checked yet."""
@@ -148,7 +154,7 @@ class CommandLine:
         subparsers = parser.add_subparsers(title="subcommands")
         parsers = {}
         for name in names:
-            table = self.commands[name]
+            table = self.table(name)
             doc = str(table.__doc__)
             options: dict[str, Any] = {"help": doc.split("\n\n")[0], "description": doc}
             # Only what is given is parsed: a default would replace a preset or a file.

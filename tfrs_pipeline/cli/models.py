@@ -1,6 +1,7 @@
 """The commands that query or serve an exported model, replace its items, or write their vectors."""
 
 import gc
+import itertools
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from tfrs_pipeline.cli.flags import OfModel, PositionalPath
 from tfrs_pipeline.durable import parquet_destination
 from tfrs_pipeline.messages import as_interrupts, counted, printable
 from tfrs_pipeline.service.publish import version_at
-from tfrs_pipeline.service.settings import ServeSettings, listening, read_token
+from tfrs_pipeline.service.settings import ServeSettings
 
 ParquetPath: TypeAlias = Annotated[Path, AfterValidator(parquet_destination)]
 """A Parquet file to write."""
@@ -35,16 +36,11 @@ class Serve(ServeSettings, OfModel):
 
     def __call__(self) -> int:
         """Serves until it is told to stop."""
-        version_at(self.model)  # Refuses at once, before TensorFlow is imported.
-        if self.token_file is not None:
-            read_token(self.token_file)
-        listening(self.host, self.port).close()  # Refuses a port in use.
         from tfrs_pipeline.service.server import serve
 
         # Answers report errors too, but a server's log must say when they happened.
         logging.getLogger("tfrs_pipeline").setLevel(logging.INFO)
-        settings = ServeSettings(**self.model_dump(include=set(ServeSettings.model_fields)))
-        serve(self.model, settings, lambda at: print(f"serving {self.model} at {at}", flush=True))
+        serve(self.model, self, lambda at: print(f"serving {self.model} at {at}", flush=True))
         return 0
 
 
@@ -98,7 +94,6 @@ class Recommend(OfModel):
 
     def __call__(self) -> int:
         """Writes the file and says how fast."""
-        version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
         from tfrs_pipeline.service.recommend import recommend
         from tfrs_pipeline.service.retriever import load
 
@@ -106,7 +101,7 @@ class Recommend(OfModel):
         options: dict[str, Any] = {"users": self.users, "k": self.k, "allowed": self.filter}
         try:
             with shown(console) as progress, as_interrupts():
-                about = recommend(load(version), self.out, **options, progress=progress)
+                about = recommend(load(self.model), self.out, **options, progress=progress)
         except KeyboardInterrupt:
             say(console, "\nstopped; the same command goes on")
             raise
@@ -129,9 +124,6 @@ class WriteLog(OfModel):
     disliked disliked.
     """
 
-    add: Path | None = None
-    """Parquet file of past events to record first: the columns of a log or the keys of events,
-    docs/guides/events_in_service.md. Events that are recorded already change nothing."""
     out: ParquetPath | None = None
     """Parquet file to write; an earlier one is replaced once the new one is complete. Once rows
     were dropped, it is refused, since it may be their only copy."""
@@ -139,28 +131,15 @@ class WriteLog(OfModel):
     """Delete events and answers that are older than this many days, after the file is written."""
 
     def _problems(self) -> Iterator[tuple[str, str]]:
-        if not any((self.out, self.add, self.drop_older_days)):
-            yield "out", "required, or --drop-older-days N to delete old rows, or --add FILE"
+        if not (self.out or self.drop_older_days):
+            yield "out", "required, or --drop-older-days N to delete old rows"
 
     def __call__(self) -> int:
-        """Records, writes and deletes as asked, and says how many rows."""
-        from tfrs_pipeline.service.log_of_service import record_file, write_log
+        """Writes and deletes as asked, and says how many rows."""
+        from tfrs_pipeline.service.log_of_service import write_log
         from tfrs_pipeline.service.user_events import Journal
 
         console, journal = Console(), Journal(version_at(self.model).parent)
-        if self.add is not None:
-            from tfrs_pipeline.service.retriever import load
-
-            model = load(self.model)
-            recorded = record_file(model, self.add)
-            events = counted(recorded["num_events"], "event")
-            say(console, f"recorded  {self.add}: {events}, {recorded['num_new']:,} new")
-            if num := recorded["num_unknown_items"]:
-                say(console, f"{counted(num, 'event')} of items that the model does not have now")
-            if (num := recorded["num_before_end"]) and model.users.journal is not None:
-                end = datetime.fromtimestamp(model.users.until / 1000, UTC)
-                text = f"{counted(num, 'event')} from before the end of the model's log, "
-                say(console, f"{text}{end:%Y-%m-%d %H:%M} UTC: they join no history")
         written_before = None
         if self.out is not None:
             # An old event that comes while the file is written stays for the next file.
@@ -186,11 +165,10 @@ class Vectors(OfModel):
 
     def __call__(self) -> int:
         """Writes the file and says what is in it."""
-        version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
         from tfrs_pipeline.service.retriever import load
         from tfrs_pipeline.service.vectors import write_vectors
 
-        about = write_vectors(load(version, exact=True), self.file)
+        about = write_vectors(load(self.model, exact=True), self.file)
         lengths = "{min_norm:.3g} to {max_norm:.3g}".format(**about)
         if about["unit_length"]:
             lengths = "1, so cosine similarity ranks alike"
@@ -250,15 +228,12 @@ class Query(OfModel):
 
     def __call__(self) -> int:
         """Queries the model and prints the answer."""
-        version = version_at(self.model)  # Refuses at once, before TensorFlow is imported.
         gc.disable()  # The import makes many objects, and all of them stay.
         from tfrs_pipeline.service.retriever import load
 
         gc.enable()
-        retriever = load(version, exact=self.exact)
-        about: dict[str, Any] = {}
-        notes: list[str] = []
-        ids, scores = self._ask(retriever, about, notes)
+        retriever = load(self.model, exact=self.exact)
+        ids, scores, about, notes = self._ask(retriever)
         titles = retriever.titles()
         # Slots without an item, which fill an answer up to k, have the score -inf.
         items = [
@@ -286,25 +261,27 @@ class Query(OfModel):
         return 0
 
     def _ask(
-        self, retriever: "LoadedRetriever", about: dict[str, Any], notes: list[str]
-    ) -> tuple[list[Any], list[float]]:
-        """Returns ids and scores; adds entries to the JSON and notes."""
+        self, retriever: "LoadedRetriever"
+    ) -> tuple[list[Any], list[float], dict[str, Any], list[str]]:
+        """Returns ids, scores, what else the JSON says, and the lines above the table."""
         from tfrs_pipeline.features.encoding import parse_request
 
         features = retriever.features["request"]
         request = parse_request(features, self.request)
-        if self.similar_to is None:
-            notes += _request_notes(features, self.request, request)
+        about: dict[str, Any] = {}
+        notes = [
+            *(_request_notes(features, self.request, request) if self.similar_to is None else ())
+        ]
         if self.user is not None:
             about["user_id"] = retriever.stored.parse_id(self.user, "user")
         if self.request:
             about["request"] = dict(self.request)
         exclude = list(map(retriever.stored.parse_id, self.exclude))
         if exclude:
-            known = set(retriever.candidate_ids())
-            about["unknown_excluded"] = [id_ for id_ in exclude if id_ not in known]
-            if about["unknown_excluded"]:
-                names = printable(", ".join(map(str, about["unknown_excluded"])))
+            is_known = retriever.candidates.has(exclude)
+            about["unknown_excluded"] = unknown = [*itertools.compress(exclude, ~is_known)]
+            if unknown:
+                names = printable(", ".join(map(str, unknown)))
                 notes.append(f"Excluded without effect, because the model lacks them: {names}.")
         # The index has no more. The table says so if fewer are left.
         k = min(self.k, retriever.num_candidates)
@@ -313,23 +290,23 @@ class Query(OfModel):
             about["similar_to"] = item = retriever.stored.parse_id(self.similar_to)
             ids, scores = retriever.similar([item], k, [exclude], allowed=allowed, kind=self.kind)
         elif self.history is None:
-            ids, scores, (is_known,) = retriever.retrieve_user(
+            ids, scores, (is_known_user,) = retriever.retrieve_user(
                 [about["user_id"]], k, [exclude], allowed=allowed, requests=[request]
             )
-            about["is_known_user"] = bool(is_known)
-            if not is_known:
-                unknown_user = f"User {self.user} is unknown to this model"
-                notes.append(f"{unknown_user}: answered for an empty history.")
+            about["is_known_user"] = bool(is_known_user)
+            if not is_known_user:
+                notes.append(
+                    f"User {self.user} is unknown to this model: answered for an empty history."
+                )
         else:
             history = list(map(retriever.stored.parse_id, self.history))
             query = {"user_id": about.get("user_id"), "history": history, "request": request}
             left_out = retriever.left_out([query])[0] + exclude
             ids, scores = retriever.retrieve([query], k, [left_out], allowed=allowed)
-            are_known = zip(history, retriever.knows(history), strict=True)
-            unknown = [id_ for id_, is_known in are_known if not is_known]
+            unknown = [*itertools.compress(history, ~retriever.stored.has_items(history))]
             about |= {"history": history, "unknown_items": unknown}
             notes += _history_notes(history, unknown)
-        return ids[0].tolist(), scores[0].tolist()
+        return ids[0].tolist(), scores[0].tolist(), about, notes
 
 
 def _request_notes(

@@ -210,7 +210,7 @@ def _embed(
 
     Returns these items, [n, D] float32, and how many of them the training did not have.
     """
-    from tfrs_pipeline.service.retriever import ITEMS_PER_CALL
+    from tfrs_pipeline.service.engine import ITEMS_PER_CALL
 
     path = refresh.path
     features, blocks = [feature.name for feature in model.features["candidate"]], []

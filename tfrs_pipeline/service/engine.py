@@ -50,8 +50,6 @@ class Engine:
         graph: ItemGraph | None = None,
     ) -> None:
         self._parts, self._users, self._candidates = parts, users, candidates
-        # Read now, so that a bad one is refused here, and a version may be deleted later.
-        self._query_tower, self._candidate_tower = parts.query_tower, parts.candidate_tower
         self._has_bias = manifest["has_item_bias"]
         self._graph = graph or parts.stored.graph
         self._bonus = parts.bonus and replace(parts.bonus, graph=self._graph)
@@ -158,7 +156,9 @@ class Engine:
         for start in range(0, max(len(histories), 1), QUERIES_PER_CALL):
             block = slice(start, start + QUERIES_PER_CALL)
             part = {name: array[block] for name, array in arrays.items()}
-            blocks.append(self._query_tower(self._parts.inputs.encode(part, histories[block])))
+            blocks.append(
+                self._parts.query_tower(self._parts.inputs.encode(part, histories[block]))
+            )
         if self._bonus is not None:
             known["with_bonus"] = [self._bonus.of(history.rows) for history in histories]
         return {
@@ -179,7 +179,9 @@ class Engine:
         inputs |= {FEATURE + name: values for name, values in encoded.items()}
         # At least one call: without an item, it still gives the number of dimensions.
         blocks = [
-            self._candidate_tower({n: x[start : start + ITEMS_PER_CALL] for n, x in inputs.items()})
+            self._parts.candidate_tower(
+                {n: x[start : start + ITEMS_PER_CALL] for n, x in inputs.items()}
+            )
             for start in range(0, max(len(rows), 1), ITEMS_PER_CALL)
         ]
         return np.concatenate(blocks), rows > 0

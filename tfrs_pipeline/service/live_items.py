@@ -92,10 +92,6 @@ class Store(Database):
             rows = connection.execute(query, [seq]).fetchall() if connection else []
             return [LiveRow._make([*row[:-1], row[-1] and json.loads(row[-1])]) for row in rows]
 
-    def check(self) -> None:
-        """Raises `Damaged` if the file is not as this version wrote it."""
-        self.items_after(2**62)  # There are no such rows.
-
     def write_items(
         self, items: Mapping[Any, Mapping[str, Any] | None], not_before: float = 0.0
     ) -> int:

@@ -15,7 +15,6 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.service import rest
 from tfrs_pipeline.service.retriever import LoadedRetriever
-from tfrs_pipeline.service.settings import ServeSettings
 from tfrs_pipeline.service.signatures import FILTERED, SIMILAR
 from tfrs_pipeline.service.versions import ServedVersion
 
@@ -103,7 +102,7 @@ def find(version: ServedVersion, words: str) -> list[dict[str, Any]]:
     return _shown(version, itertools.islice(listed, MAX_FOUND))
 
 
-def answer(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[str, Any]:
+def answer(version: ServedVersion, body: bytes) -> dict[str, Any]:
     """Answers a `PageQuery` with the index and, if it is approximate, with exact search too."""
     query = rest.checked(_QUERY, rest.read_json(body))
     # Items and features go together, and are absent if both are empty.

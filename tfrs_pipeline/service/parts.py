@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,20 +22,25 @@ class Parts:
     """The parts of a version that a refresh of its items keeps.
 
     Attributes:
-        files: Their folder.
         stored: The users and items of the training.
         inputs: What the query tower reads, and how raw queries become that.
         bonus: What is added to the scores of some items because of a history; None is nothing.
+        query_tower: Embeds the inputs of queries.
+        candidate_tower: Embeds the inputs of candidates.
     """
 
-    files: Path
     stored: Stored
     inputs: QueryInputs
     bonus: HistoryBonus | None
+    query_tower: Tower
+    candidate_tower: Tower
 
     @classmethod
     def read(cls, files: Path, manifest: Mapping[str, Any]) -> Self:
-        """Reads the parts in a folder, with the manifest of their version."""
+        """Reads the parts in a folder, with the manifest of their version.
+
+        A tower that cannot run is refused here; the version may be deleted later.
+        """
         stored = Stored(files, manifest)
         inputs = QueryInputs(
             users=stored.users,
@@ -46,17 +50,9 @@ class Parts:
             history_length=manifest["history_length"],
             reads_times=stored.reads_times,
         )
+        candidate = candidate_inputs(inputs.features[CANDIDATE_FEATURES])
+        towers = (QUERY_TOWER, inputs.tower_inputs), (CANDIDATE_TOWER, candidate)
+        query_tower, candidate_tower = (load_tower(files, name, [*names]) for name, names in towers)
         bonus = manifest["bonus"]
         bonus = None if bonus is None else HistoryBonus.read(bonus, stored.graph)
-        return cls(files, stored, inputs, bonus)
-
-    @cached_property
-    def query_tower(self) -> Tower:
-        """Embeds the inputs of queries."""
-        return load_tower(self.files, QUERY_TOWER, [*self.inputs.tower_inputs])
-
-    @cached_property
-    def candidate_tower(self) -> Tower:
-        """Embeds the inputs of candidates."""
-        names = candidate_inputs(self.inputs.features[CANDIDATE_FEATURES])
-        return load_tower(self.files, CANDIDATE_TOWER, [*names])
+        return cls(stored, inputs, bonus, query_tower, candidate_tower)

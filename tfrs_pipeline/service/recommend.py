@@ -128,7 +128,7 @@ def _num_unknown(model: "LoadedRetriever", users: pa.Table) -> int:
     if "history" not in users.column_names:
         return 0
     ids = pc.list_flatten(users["history"]).drop_null().to_pylist()
-    return int((~model.knows(ids)).sum())
+    return int((~model.stored.has_items(ids)).sum())
 
 
 def known_users(model: "LoadedRetriever") -> pa.Array:

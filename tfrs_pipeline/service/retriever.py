@@ -25,7 +25,7 @@ from tfrs_pipeline.search.settings import Level, has_scann
 from tfrs_pipeline.service import publish
 from tfrs_pipeline.service.engine import Engine
 from tfrs_pipeline.service.live_graph import LiveGraph
-from tfrs_pipeline.service.live_items import Item, LiveItems, Store
+from tfrs_pipeline.service.live_items import Item, LiveItems
 from tfrs_pipeline.service.parts import Parts
 from tfrs_pipeline.service.signatures import (
     FILTERED,
@@ -36,8 +36,6 @@ from tfrs_pipeline.service.user_events import Event, Journal, check_events
 from tfrs_pipeline.service.users import Users
 
 logger = logging.getLogger(__name__)
-
-ITEMS_PER_CALL = 8192
 
 
 def load(path: str | Path, *, exact: bool = False, live: bool = True) -> "LoadedRetriever":
@@ -87,8 +85,6 @@ class LoadedRetriever:
         self.folder, self.manifest = folder, _manifest(folder)
         # The live items of a model lie beside its versions, so a copied version has none.
         is_live = live and folder.name.isdecimal()
-        if is_live:
-            Store(folder.parent).check()  # A damaged file is refused before the rest is loaded.
         has_users = self.manifest["user_data"]
         parts = Parts.read(folder / publish.SERVICE_FOLDER, self.manifest)
         self.stored, self.inputs = parts.stored, parts.inputs
@@ -117,15 +113,6 @@ class LoadedRetriever:
             embed = self.engine.embed_items
             self._live = LiveItems(model, self.manifest, self.candidates, embed, num_leaves)
 
-    @property
-    def excludes_known(self) -> bool:
-        """Whether answers by user id leave out the items that the user clicked.
-
-        They do as the rankings of the test did: not after `evaluation.exclude none`, nor with a
-        repeat bonus.
-        """
-        return bool(self.manifest["exclude"] != "none")
-
     def _candidates(self, levels: Sequence[Mapping[str, int]]) -> Candidates:
         """Reads the candidates, and the index too, unless `levels` is empty."""
         items = publish.read_table(self.folder / publish.ITEMS_FILE)
@@ -147,9 +134,10 @@ class LoadedRetriever:
 
         Excludes only `exclude`: items of the history, and those that a user is known to have
         clicked or disliked (`users.disliked`), are retrieved too. Reads only the history in the
-        query; `retrieve_user` reads the stored history of a known user, and excludes its items if
-        `excludes_known`. Items of a history that the training did not have are ignored; `knows`
-        says which ones it had.
+        query; `retrieve_user` reads the stored history of a known user, and excludes its items
+        unless the training had `evaluation.exclude none` or the model has a repeat bonus. Items of
+        a history that the training did not have are ignored; `stored.has_items` says which ones it
+        had.
 
         Args:
             queries: See `Query`; all keys are optional. `features` replace all stored ones of the
@@ -181,11 +169,12 @@ class LoadedRetriever:
         """Retrieves by what users did until now, and excludes what they clicked and disliked.
 
         What they did is the stored history and the events recorded since, in time order. Users
-        without either get the answer for an empty history. Clicks, stored and recorded, are
-        excluded if `excludes_known`; views, in the log and recorded since, if the training's
-        `evaluation.exclude` was seen; dislikes, in the log and recorded since, always. `exclude`
-        adds ids to exclude. `allowed` and `requests` have one entry for each user, as in
-        `retrieve`. Returns candidate_ids [n, k], scores [n, k] float32, is_known_user [n] bool.
+        without either get the answer for an empty history. Excluded are clicks, stored and
+        recorded, unless the training had `evaluation.exclude none` or the model has a repeat bonus;
+        views, in the log and recorded since, if the training's `evaluation.exclude` was seen;
+        dislikes, in the log and recorded since, always; and the ids of `exclude`. `allowed` and
+        `requests` have one entry for each user, as in `retrieve`. Returns candidate_ids [n, k],
+        scores [n, k] float32, is_known_user [n] bool.
         Raises as `retrieve`, and a `ValueError` if the model was exported without user data.
         """
         if not self.manifest["user_data"]:
@@ -252,10 +241,6 @@ class LoadedRetriever:
         """
         read = self.features[CANDIDATE_FEATURES]
         return self.engine.embed_items(item_ids, raw_columns(read, features, len(item_ids)))
-
-    def knows(self, item_ids: Sequence[Any]) -> np.ndarray:
-        """Returns which items the training had, [n] bool; histories ignore all others."""
-        return self.stored.has_items(item_ids)
 
     def record(self, events: Sequence[Mapping[str, Any]]) -> int:
         """Records what users did; it counts from the next query by user on.

@@ -74,8 +74,8 @@ class ModelServer:
         self.large = ThreadPoolExecutor(1, "large-requests")
         self.watch = Watch()
         # What users did, for queries; the recorder has connections of its own.
-        self.events = Journal(self.versions.folder, self.watch)
-        self.recorder = Recorder(self.events.another(), UNRECORDED.inc)
+        self.journal = Journal(self.versions.folder, self.watch)
+        self.recorder = Recorder(self.journal.another(), UNRECORDED.inc)
         # One thread, so writes are done one after the other. It may wait for another process.
         self.writes = ThreadPoolExecutor(1, "writes")
         answers, hours = settings.exclude_served_answers, settings.exclude_served_hours
@@ -89,7 +89,7 @@ class ModelServer:
     def _load(self, folder: Path) -> ServedVersion:
         version = ServedVersion(folder, self.settings)
         if version.retriever.users.journal is not None:
-            version.retriever.users.journal = self.events
+            version.retriever.users.journal = self.journal
         return version
 
     def number(self, request: Request) -> str | None:
@@ -100,12 +100,12 @@ class ModelServer:
             raise HTTPException(404, f"Servable not found for request: Latest({name:.80}). {known}")
         return request.path_params.get("version")
 
-    def authorize(self, header: str) -> None:
+    def authorize(self, request: Request) -> None:
         """Refuses a write without the token, and all writes if there is none."""
         if self._token is None:
             message = "This server takes no writes: it was started without --token-file."
             raise HTTPException(403, message)
-        kind, _, token = header.partition(" ")
+        kind, _, token = request.headers.get("authorization", "").partition(" ")
         # In constant time, which does not tell how much of the token is right.
         is_right = hmac.compare_digest(token.strip().encode(), self._token)
         if kind.lower() != "bearer" or not is_right:
@@ -185,6 +185,118 @@ class ModelServer:
             if not self.recorder.keep(Answer(request_id, milliseconds, number, users, items)):
                 UNRECORDED.inc()
 
+    async def items(self, request: Request) -> Response:
+        """Adds or removes live items."""
+        self.number(request)
+        body = await read_body(request, self.settings)
+        self.authorize(request)
+        is_put = request.method == "PUT"
+        return JSONResponse(await _run(self.writes, write_items, self.versions, body, is_put))
+
+    async def events(self, request: Request) -> Response:
+        """Records what users did."""
+        body = await read_body(request, self.settings)
+        self.authorize(request)
+        threads = self.large if len(body) > SMALL_BODY_BYTES else self.threads
+        read, num_unknown = await _run(threads, read_events, self.versions, body)
+        outcome = "refused"
+        try:
+            with confirming("events"):
+                num_new = await asyncio.wrap_future(self.recorder.submit(read))
+            outcome = "confirmed"
+        finally:
+            for type_, num in collections.Counter(event.type for event in read).items():
+                EVENTS.labels(type_, outcome).inc(num)
+        return JSONResponse({"num_new": num_new, "num_unknown_items": num_unknown})
+
+    async def user(self, request: Request) -> Response:
+        """Deletes a user's events and answers."""
+        self.authorize(request)
+        with self.versions.use() as version, rest.refusing():
+            user_id = version.retriever.stored.parse_id(request.path_params["user_id"], "user")
+        # A deletion that fails may leave copies of deleted rows in the file.
+        with confirming("deletion", "so delete the user again"):
+            num_deleted = await asyncio.wrap_future(self.recorder.forget(user_id))
+        return JSONResponse({"num_deleted": num_deleted})
+
+    async def model_status(self, request: Request) -> Response:
+        """Says in which state each version is."""
+        number = self.number(request)
+        statuses = [
+            {
+                "version": str(version),
+                "state": state,
+                "status": {"error_code": "UNKNOWN" if error else "OK", "error_message": error},
+            }
+            for version, (state, error) in self.versions.statuses().items()
+            if number in (None, str(version))
+        ]
+        if not statuses:
+            raise HTTPException(404, f"Could not find version {number!s:.40} of the model.")
+        return JSONResponse({"model_version_status": statuses})
+
+    async def readyz(self, request: Request) -> Response:
+        """Says whether the server can answer, and whether events are unavailable."""
+        problem = await asyncio.to_thread(self.journal.problem)
+        note = "; events are unavailable: users are answered by what the version holds"
+        with self.versions.use() as version:
+            ready = f"ok: {self.versions.name} version {version.number}{note if problem else ''}\n"
+            return PlainTextResponse(ready)
+
+    async def page_model(self, request: Request) -> Response:
+        """Describes the model to the page."""
+        return JSONResponse(await self.ask(page.card))
+
+    async def page_items(self, request: Request) -> Response:
+        """Finds items for the page."""
+        search = request.query_params.get("search", "")[:200]
+        return JSONResponse({"items": await self.ask(lambda version: page.find(version, search))})
+
+    async def page_query(self, request: Request) -> Response:
+        """Answers a query of the page."""
+        body = await read_body(request, self.settings)
+        return JSONResponse(await self.ask(lambda version: page.answer(version, body)))
+
+    def routes(self) -> list[Route]:
+        """Returns the addresses that the server answers."""
+        routes = [
+            Route("/v1/models/{name}/items", self.items, methods=["PUT", "DELETE"]),
+            Route("/v1/events", self.events, methods=["POST"]),
+            Route("/v1/users/{user_id:path}", self.user, methods=["DELETE"]),
+            Route("/healthz", healthz),
+            Route("/readyz", self.readyz),
+            Route("/metrics", prometheus),
+        ]
+        for address in ("/v1/models/{name}", "/v1/models/{name}/versions/{version}"):
+            # For every method, and first: the last route would take ":predict" for a part of the
+            # name.
+            predict = Route(f"{address}:predict", self.predict, methods=list(http.HTTPMethod))
+            routes += [predict, Route(address, self.model_status)]
+        if self.settings.page:
+            routes += [
+                Route("/", index_page),
+                Route("/page/model", self.page_model),
+                Route("/page/items", self.page_items),
+                Route("/page/query", self.page_query, methods=["POST"]),
+            ]
+        return routes
+
+
+async def healthz(request: Request) -> Response:
+    """Answers while the process runs."""
+    return PlainTextResponse("ok\n")
+
+
+async def prometheus(request: Request) -> Response:
+    """Returns the counters."""
+    content = prometheus_client.generate_latest()
+    return Response(content, media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+
+async def index_page(request: Request) -> Response:
+    """Returns the page."""
+    return FileResponse(page.PAGE_FILE, headers=page.PAGE_HEADERS)
+
 
 def _answer(version: ServedVersion, call: rest.PredictCall) -> tuple[bytes, dict[str, Any]]:
     """Calls the model; returns the answer in JSON, and the outputs."""
@@ -253,7 +365,7 @@ def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     allowed_hosts = (*settings.allowed_hosts, host)
     return Starlette(
-        routes=[*_model_routes(server), *(_page_routes(server) if settings.page else ())],
+        routes=server.routes(),
         middleware=[
             Middleware(CountRequests),
             Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts, www_redirect=False),
@@ -261,118 +373,6 @@ def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None)
         exception_handlers={HTTPException: _http_error, Exception: _internal_error},
         lifespan=lifespan,
     )
-
-
-def _model_routes(server: ModelServer) -> list[Route]:
-    versions = server.versions
-
-    async def items(request: Request) -> Response:
-        server.number(request)
-        body = await read_body(request, server.settings)
-        server.authorize(request.headers.get("authorization", ""))
-        is_put = request.method == "PUT"
-        return JSONResponse(await _run(server.writes, write_items, versions, body, is_put))
-
-    async def events(request: Request) -> Response:
-        body = await read_body(request, server.settings)
-        server.authorize(request.headers.get("authorization", ""))
-        threads = server.large if len(body) > SMALL_BODY_BYTES else server.threads
-        read, num_unknown = await _run(threads, read_events, versions, body)
-        outcome = "refused"
-        try:
-            with confirming("events"):
-                num_new = await asyncio.wrap_future(server.recorder.submit(read))
-            outcome = "confirmed"
-        finally:
-            for type_, num in collections.Counter(event.type for event in read).items():
-                EVENTS.labels(type_, outcome).inc(num)
-        return JSONResponse({"num_new": num_new, "num_unknown_items": num_unknown})
-
-    async def user(request: Request) -> Response:
-        server.authorize(request.headers.get("authorization", ""))
-        with versions.use() as version, rest.refusing():
-            user_id = version.retriever.stored.parse_id(request.path_params["user_id"], "user")
-        # A deletion that fails may leave copies of deleted rows in the file.
-        with confirming("deletion", "so delete the user again"):
-            num_deleted = await asyncio.wrap_future(server.recorder.forget(user_id))
-        return JSONResponse({"num_deleted": num_deleted})
-
-    async def model_metadata(request: Request) -> Response:
-        with versions.use(server.number(request)) as version:
-            spec = {"name": versions.name, "signature_name": "", "version": str(version.number)}
-            signatures = {"signature_def": {"signature_def": version.signature_def}}
-            return JSONResponse({"model_spec": spec, "metadata": signatures})
-
-    async def model_status(request: Request) -> Response:
-        number = server.number(request)
-        statuses = [
-            {
-                "version": str(version),
-                "state": state,
-                "status": {"error_code": "UNKNOWN" if error else "OK", "error_message": error},
-            }
-            for version, (state, error) in versions.statuses().items()
-            if number in (None, str(version))
-        ]
-        if not statuses:
-            raise HTTPException(404, f"Could not find version {number!s:.40} of the model.")
-        return JSONResponse({"model_version_status": statuses})
-
-    async def healthz(request: Request) -> Response:
-        return PlainTextResponse("ok\n")
-
-    async def readyz(request: Request) -> Response:
-        problem = await asyncio.to_thread(server.events.problem)
-        note = "; events are unavailable: users are answered by what the version holds"
-        with versions.use() as version:
-            ready = f"ok: {versions.name} version {version.number}{note if problem else ''}\n"
-            return PlainTextResponse(ready)
-
-    async def prometheus(request: Request) -> Response:
-        content = prometheus_client.generate_latest()
-        return Response(content, media_type=prometheus_client.CONTENT_TYPE_LATEST)
-
-    routes = [
-        Route("/v1/models/{name}/items", items, methods=["PUT", "DELETE"]),
-        Route("/v1/events", events, methods=["POST"]),
-        Route("/v1/users/{user_id:path}", user, methods=["DELETE"]),
-        Route("/healthz", healthz),
-        Route("/readyz", readyz),
-        Route("/metrics", prometheus),
-    ]
-    for address in ("/v1/models/{name}", "/v1/models/{name}/versions/{version}"):
-        routes += [
-            # For every method, and first: the last route would take ":predict" for a part of the
-            # name.
-            Route(f"{address}:predict", server.predict, methods=list(http.HTTPMethod)),
-            Route(f"{address}/metadata", model_metadata),
-            Route(address, model_status),
-        ]
-    return routes
-
-
-def _page_routes(server: ModelServer) -> list[Route]:
-    async def index_page(request: Request) -> Response:
-        return FileResponse(page.PAGE_FILE, headers=page.PAGE_HEADERS)
-
-    async def page_model(request: Request) -> Response:
-        return JSONResponse(await server.ask(page.card))
-
-    async def page_items(request: Request) -> Response:
-        search = request.query_params.get("search", "")[:200]
-        return JSONResponse({"items": await server.ask(lambda version: page.find(version, search))})
-
-    async def page_query(request: Request) -> Response:
-        body = await read_body(request, server.settings)
-        answer = await server.ask(lambda version: page.answer(version, body, server.settings))
-        return JSONResponse(answer)
-
-    return [
-        Route("/", index_page),
-        Route("/page/model", page_model),
-        Route("/page/items", page_items),
-        Route("/page/query", page_query, methods=["POST"]),
-    ]
 
 
 async def read_body(request: Request, settings: ServeSettings) -> bytes:

@@ -1,10 +1,8 @@
 """Serves the newest version of a model on disk, and switches without dropping a request."""
 
 import contextlib
-import copy
 import ctypes
 import gc
-import json
 import logging
 import os
 import threading
@@ -21,7 +19,6 @@ from tfrs_pipeline.search.candidates import UnknownItem
 from tfrs_pipeline.service.database import Replaced
 from tfrs_pipeline.service.publish import (
     MANIFEST_FILE,
-    SIGNATURES_FILE,
     no_model_at,
     versions_of,
 )
@@ -29,7 +26,7 @@ from tfrs_pipeline.service.request_metrics import BUCKETS_SECONDS
 from tfrs_pipeline.service.rest import SignatureInputs, bad_request
 from tfrs_pipeline.service.retriever import load
 from tfrs_pipeline.service.settings import ServeSettings
-from tfrs_pipeline.service.signatures import DEFAULT_SIGNATURE, FILTERED, completed
+from tfrs_pipeline.service.signatures import DEFAULT_SIGNATURE, completed
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +66,6 @@ class ServedVersion:
         self.titles: dict[Any, str | None] = {}
         if settings.page:
             self.titles = dict.fromkeys(self.retriever.candidate_ids()) | self.retriever.titles()
-        self.signature_def: dict[str, Any] = json.loads((folder / SIGNATURES_FILE).read_text())
-        for name in [name for name in self.retriever.signatures if name.endswith(FILTERED)]:
-            # The server adds these, with a filter: lists of text beside lists of ids to exclude.
-            definition = copy.deepcopy(self.signature_def[name.removesuffix(FILTERED)])
-            exclude = definition["inputs"]["exclude"]
-            definition["inputs"]["allowed"] = {**exclude, "dtype": "DT_STRING", "name": ""}
-            self.signature_def[name] = definition
         specs = self.retriever.signatures.copy()
         if "retrieve_user" in specs:
             specs[DEFAULT_SIGNATURE] = {"user_id": specs["retrieve_user"]["user_id"]}
@@ -130,10 +120,9 @@ class ModelVersions:
     def __init__(self, path: Path, load_version: Callable[[Path], ServedVersion]) -> None:
         self._is_version = (path / MANIFEST_FILE).is_file()
         # A symbolic link to a model keeps its own name, and is followed again each time.
-        path = path.resolve() if self._is_version else Path(os.path.abspath(path))
-        self._path = path
+        self._path = path.resolve() if self._is_version else Path(os.path.abspath(path))
         self._load_version = load_version
-        self.folder = path.parent if self._is_version else path
+        self.folder = self._path.parent if self._is_version else self._path
         self.name = self.folder.name
         # `writing` is held while live items are written, and while the version in use changes.
         self._lock, self.writing = threading.Lock(), threading.Lock()
