@@ -75,8 +75,8 @@ class Log:
             `title`, if any, is shown to people. `_listed`, if any, is True for items of the item
             table and False for those added from the events.
         users: One row per id: `user_id` and feature columns, for every user of `events`.
-        item_features: Feature columns of `items` and their kinds: categorical or hashed (string or
-            int64), multi_categorical (array<string>), numeric or bucketized (float64), text
+        item_features: Feature columns of `items` and their kinds: categorical (string or int64),
+            multi_categorical (array<string>), numeric or bucketized (float64), text
             (string), timestamp (UTC), vector (array<float32>, of one length). Nulls are missing
             values.
         user_features: The same for `users`.
