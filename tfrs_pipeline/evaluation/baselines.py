@@ -27,7 +27,6 @@ from tfrs_pipeline.data.split import in_order, num_in_share
 from tfrs_pipeline.evaluation.interactions import (
     Interactions,
     Sequences,
-    count_users,
     history_columns,
     history_matrix,
 )
@@ -115,8 +114,8 @@ class MostPopular(Baseline):
         if self.latest < 1:
             if isinstance(train, Interactions):
                 raise ValueError("latest needs times, which interactions lack: fit it to a log.")
-            latest = _latest(train.positives(), self.latest)
-            counts = count_users(latest, items) + _below_one(counts)
+            latest = Interactions.of(train, _latest(train.positives(), self.latest))
+            counts = latest.counts + _below_one(counts)
         return FittedPopularity(items, counts)
 
 
