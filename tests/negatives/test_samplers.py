@@ -205,14 +205,7 @@ def test_integers_may_be_longer_and_a_seed_hold_the_step_of_a_graph(dtype: tf.DT
     np.testing.assert_array_equal(drawn, mixture.draw(rows, [7, 3]))
 
 
-def test_refusals_of_what_is_no_kind_and_of_a_seed_that_is_one_number() -> None:
-    class Drawn:
-        draw = Uniform.draw
-
-    wrongs: Any = ((Drawn(), "expected_count"), ("uniform:num=5", "draw"), (Uniform, "draw"))
-    for wrong, method in wrongs:
-        with pytest.raises(TypeError, match=rf"see `Negatives`.*without {method}: "):
-            Mixture([wrong], frame_of([0, 1]))
+def test_a_seed_that_is_one_number_is_refused() -> None:
     mixture = Mixture([Uniform(3)], frame_of([0, 1]))
     for seed in (7, tf.constant(7), [7]):
         with pytest.raises(ValueError, match=r"two integers, such as \[7, step\].*Received: .*7"):
