@@ -141,7 +141,7 @@ def test_no_tensorflow_is_reached_from(module: str) -> None:
 
 
 SETTINGS = {"pydantic", "pydantic_core"}
-ARRAYS = {"numpy", "farmhash"}
+ARRAYS = {"numpy"}
 LOADED = {*SETTINGS, *ARRAYS, "pyarrow"}
 HTTP = {"prometheus_client", "starlette", "typing_extensions", "uvicorn"}
 

@@ -13,7 +13,6 @@ import tensorflow as tf
 from tests import small_batches as small
 from tests.small_batches import BATCH_SIZE, NUM_SAMPLES, SAMPLES, batch_list, make_batches
 from tfrs_pipeline import DataError, FunnelLosers, InBatch, SamplingFrame, Uniform
-from tfrs_pipeline.batches import hybrid
 from tfrs_pipeline.samples.store import RowLists, resampling_rate
 
 NUM_CANDIDATES = small.NUM_CANDIDATES
@@ -203,8 +202,7 @@ def test_a_batch_is_a_function_of_seed_and_step(order: str, options: dict[str, A
         assert len(set(drawn)) == 7
 
 
-def test_samples_are_drawn_by_the_rate_of_their_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hybrid, "SAMPLES_PER_BLOCK", 7)
+def test_samples_are_drawn_by_the_rate_of_their_candidate() -> None:
     single = make_batches(examples={"rate": RATE}).examples
     drawn = np.concatenate([single.read(single.choose(step)).index for step in range(300)])
     assert RATE is not None

@@ -63,11 +63,6 @@ def test_a_type_may_say_not_this(load: Any, has_request: bool) -> None:
     assert "report 2 (disliked)" in log.notes[0]
 
 
-def test_a_type_that_differs_in_case_alone_is_told(load: Any) -> None:
-    log = load("user_id,item_id,event\n1,2,click\n1,3,Click\n", event_weights={"click": 1})
-    assert "'Click', which has no weight ('click' has" in log.dropped[0].reason
-
-
 @pytest.mark.parametrize("space", [" ", "\t", "\n", "\u00a0", "\u3000"])
 def test_space_around_a_type_loses_no_row(space: str) -> None:
     types = ["click", f"click{space}", "view", "other", f"{space}view"]

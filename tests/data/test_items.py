@@ -20,13 +20,12 @@ def test_ids_of_two_files_get_one_type(load: Any) -> None:
     assert column(tables.items, "item_id", "item_id") == ["5", "6", "x9"]
 
 
-@pytest.mark.parametrize("kind", ["categorical", "hashed"])
 @pytest.mark.parametrize(
     "type_", [pa.float64(), pa.float32(), pa.decimal128(4, 2), pa.string()], ids=str
 )
-def test_fractions_are_categories_in_every_format(load: Any, type_: pa.DataType, kind: str) -> None:
+def test_fractions_are_categories_in_every_format(load: Any, type_: pa.DataType) -> None:
     def sizes(items: str | pa.Table) -> list[Any]:
-        log = load("user_id,item_id\n1,5\n", items=items, item_features={"size": kind})
+        log = load("user_id,item_id\n1,5\n", items=items, item_features={"size": "categorical"})
         assert not any("taken as missing" in note for note in log.notes)
         return column(log.items, "size", "item_id")
 
@@ -50,7 +49,7 @@ def test_fractions_are_categories_in_every_format(load: Any, type_: pa.DataType,
 
 @pytest.mark.parametrize("num_files", [1, 2])
 @pytest.mark.parametrize(
-    "kind", ["categorical", "hashed", "multi_categorical", "text", "numeric", "timestamp"]
+    "kind", ["categorical", "multi_categorical", "text", "numeric", "timestamp"]
 )
 def test_an_empty_parquet_feature_is_missing(tmp_path: Path, kind: Any, num_files: int) -> None:
     """pandas writes an empty column without a type."""
@@ -170,12 +169,11 @@ def test_a_category_that_holds_the_separator_of_lists_is_told(load: Any) -> None
         log = load("user_id,item_id\n1,5\n", items=items, **options)
         return [note for note in log.notes if "is one value" in note]
 
-    for kind in ("categorical", "hashed"):
-        (note,) = notes("Sport|Yoga", item_features={"path": kind})
-        assert "column 'path' holds '|' in 1 row, such as 'Sport|Yoga'" in note
-        assert "multi_categorical" in note
-        assert notes("Sport/Yoga", item_features={"path": kind}) == []
-        assert notes("Sport/Yoga", item_features={"path": kind}, list_separator="/")
+    (note,) = notes("Sport|Yoga", item_features={"path": "categorical"})
+    assert "column 'path' holds '|' in 1 row, such as 'Sport|Yoga'" in note
+    assert "multi_categorical" in note
+    assert notes("Sport/Yoga", item_features={"path": "categorical"}) == []
+    assert notes("Sport/Yoga", item_features={"path": "categorical"}, list_separator="/")
     assert notes("Sport|Yoga", item_features={"path": "multi_categorical"}) == []
 
 
@@ -208,7 +206,7 @@ LISTS: dict[str, Any] = {"item_features": {"v": "multi_categorical"}}
     ("item_id,t\n5,1999\n6,\n7,2024\n", TIME, r"1999 to 2024 \(3 rows\), .* like years"),
     ("item_id,t\n5,2024-01-31\n6,10000-01-01\n7,9999-12-31\n8,0044-03-15 (BC)\n9,0002-01-02",
      TIME | {"time_zone": "UTC"}, r"items\.csv: column 't' has no year .* in 3 of 5 rows"),
-    (pa.table({"item_id": [5], "c": [[1.5]]}), {"item_features": {"c": "hashed"}}, "must be"),
+    (pa.table({"item_id": [5], "c": [[1.5]]}), {"item_features": {"c": "categorical"}}, "must be"),
 ])  # fmt: skip
 def test_refused_item_files(load: Any, items: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message) as raised:

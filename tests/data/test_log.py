@@ -233,15 +233,6 @@ def test_a_full_disk_for_the_tables_is_told_with_where_they_may_lie(limit: int) 
         Log.from_table(events, connection=connection)
 
 
-def test_weights_that_differ_are_told() -> None:
-    def told(*weights: float) -> str:
-        clicks = {"user_id": range(1000), "item_id": 1, "weight": np.resize(weights, 1000)}
-        return " ".join(Log.from_table(pd.DataFrame(clicks)).describe())
-
-    assert "weights of positives from 0.5 to 3:" in told(0.5, 1, 3)
-    assert "weigh" not in told(2)
-
-
 @pytest.mark.parametrize(("error", "options", "message"), [
     (DataError, {"rating_threshold": None}, "a log of ratings needs rating_threshold"),
     (DataError, {"item_columns": {}}, "item table: no column 'item_id'.*Set item_columns"),
@@ -280,15 +271,11 @@ def test_what_is_refused(error: type[Exception], options: Any, message: str) -> 
 def test_an_unknown_kind_of_feature_is_told_the_known_ones(kind: Any, hint: str) -> None:
     with pytest.raises(ValueError, match=f"^Feature 'price' has .*{hint}.* Received: '{kind}'"):
         made(**{"item_features": {"price": kind}})
-    with pytest.raises(ValueError, match=hint):
-        Log.from_ibis(ibis.memtable(EVENTS), item_features={"price": kind})
     with pytest.raises(ConfigError, match=rf"data.user_features.price: got '{kind}'.*{hint}"):
         RunConfig(data={"user_features": {"price": kind}})
 
 
 def test_what_is_no_table_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"Log\.from_files"):
-        Log.from_table("events.csv")
     with pytest.raises(DataError, match="a DataFrame cannot be read as a table"):
         Log.from_table(pd.DataFrame({"user_id": [1, "a"], "item_id": [1, 2]}))
     with pytest.raises(DataError, match=r"a list cannot be read as a table: .*\w\. Give a path"):

@@ -1,8 +1,7 @@
 import numpy as np
-import pytest
 from sklearn.metrics import ndcg_score
 
-from tfrs_pipeline.evaluation.metrics import Metric, Ndcg, Rankings
+from tfrs_pipeline.evaluation.metrics import Ndcg, Rankings
 
 
 def test_ndcg_equals_scikit_learn() -> None:
@@ -17,12 +16,3 @@ def test_ndcg_equals_scikit_learn() -> None:
         ours = Ndcg(k).measure(Rankings(is_hit, is_hit, truth.sum(axis=1), nothing, nothing))
         theirs = [ndcg_score(truth[[i]], scores[[i]], k=k) for i in range(num_queries)]
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
-
-
-def test_a_metric_without_a_name_is_told_what_it_lacks() -> None:
-    class Nameless(Metric):
-        def measure(self, rankings: Rankings) -> np.ndarray:
-            return rankings.is_hit[:, 0].astype(float)
-
-    with pytest.raises(TypeError, match=r'Nameless has no name.* such as: name = "precision"'):
-        Nameless(5)

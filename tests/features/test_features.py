@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from tests.features.columns import EAST, FITTED, NEW, NUM_NEW, fit
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.features import categorical, raw
-from tfrs_pipeline.features.categorical import Hashed, Text
+from tfrs_pipeline.features import raw
+from tfrs_pipeline.features.categorical import Text
 from tfrs_pipeline.features.kinds import KINDS, feature_from_dict
 from tfrs_pipeline.features.numeric import (
     MAX_BUCKETS,
@@ -92,30 +92,6 @@ def test_words_written_down(text: str, words: list[str]) -> None:
     twice = codes + [0] * (feature.num_values - len(codes)), (codes * 2)[: feature.num_values]
     for row, expected in zip(feature.encode_column([text, later]).tolist(), twice, strict=True):
         assert row == expected + [0] * (feature.num_values - len(expected))
-
-
-def test_hashes_are_the_same_in_every_process() -> None:
-    # Written down once: whoever loads a model later must find the same buckets. FarmHash
-    # fingerprints modulo 2^40, of which 2^20 is a divisor.
-    full = np.array([436859794915, 143324147990, 987519208641])
-    for num_buckets in (16, 2**20):
-        feature = Hashed("x", num_buckets=num_buckets)
-        assert feature.encode_column(["a", "b", "é"]).tolist() == (1 + full % num_buckets).tolist()
-        seven, also_seven, missing, empty = feature.encode_column([7, "7", None, ""])
-        assert seven == also_seven
-        assert missing == empty == 0
-
-
-def test_hashed_values_spread_over_twice_as_many_buckets() -> None:
-    for num_distinct, num_buckets in ((0, 16), (8, 16), (9, 32), (1000, 2048)):
-        column = [*range(num_distinct), *range(num_distinct), None]
-        assert Hashed.fit("x", column).num_buckets == num_buckets <= categorical.MAX_BUCKETS
-    feature = Hashed("author", num_buckets=2**16)
-    codes = feature.encode_column([f"author {i}" for i in range(20_000)])
-    assert 1 <= codes.min() <= codes.max() <= feature.num_codes == 2**16
-    # n values fill m (1 - (1 - 1/m)^n) of m buckets on average; the deviation is below sqrt(n).
-    expected = 2**16 * (1 - (1 - 2.0**-16) ** 20_000)
-    assert abs(len(np.unique(codes)) - expected) < 4 * math.sqrt(20_000)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +195,7 @@ def test_lists_and_arrays_are_one_to_a_feature(kind: str, monkeypatch: pytest.Mo
     if kind in ("numeric", "bucketized"):
         arrays += [np.array(column, np.float64), pa.array([str(v) if v else v for v in column])]
         assert fit(kind, pa.array([1, 3])) == fit(kind, ["1", 3.0])
-    if kind in ("categorical", "hashed"):
+    if kind == "categorical":
         arrays += [typed.dictionary_encode(), typed.cast(pa.large_string())]
         arrays += [np.array(column, object)]
         assert fit(kind, pa.array([1.0, 2.5])) == fit(kind, [1.0, 2.5])

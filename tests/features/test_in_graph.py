@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.features.columns import FITTED, NEW, fit
 from tfrs_pipeline.features import categorical, encoding, graph
-from tfrs_pipeline.features.categorical import Categorical, Hashed
+from tfrs_pipeline.features.categorical import Categorical
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.features.numeric import Numeric
@@ -88,7 +88,7 @@ def raw_values(feature: Any) -> st.SearchStrategy[np.ndarray]:
 COORDINATES = st.one_of(st.just(0.0), st.floats(2.0**-60, 2.0**60, width=32))
 FIT_ON: dict[str, st.SearchStrategy[list[Any]]] = {
     "multi_categorical": st.lists(st.lists(TEXTS, max_size=5), max_size=6),
-    **dict.fromkeys(("categorical", "hashed", "text"), st.lists(TEXTS, max_size=6)),
+    **dict.fromkeys(("categorical", "text"), st.lists(TEXTS, max_size=6)),
     **dict.fromkeys(("numeric", "bucketized"), st.lists(FLOATS, max_size=6)),
     "timestamp": st.lists(
         st.integers(-(10**9), 4 * 10**9).map(lambda s: datetime.fromtimestamp(s, UTC)), max_size=6
@@ -151,11 +151,6 @@ def test_every_character_is_split_into_words_as_in_a_graph() -> None:
     # Where TensorFlow is loaded first, Arrow calls TensorFlow's RE2, with its tables of Unicode.
     for words, others in zip(without_tensorflow(SPLIT, texts), expected, strict=True):
         assert words == [word.decode() for word in others.numpy()]
-
-
-def test_texts_of_every_length_have_the_hash_of_a_graph() -> None:
-    feature = Hashed("x", num_buckets=2**20)
-    assert_same(feature, np.array(["xé"[i % 2] * i for i in range(300)], object))
 
 
 HOURS = Categorical("hour", tuple(map(str, range(24))), is_from_timestamp=True)

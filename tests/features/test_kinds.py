@@ -32,14 +32,14 @@ pytestmark = pytest.mark.usefixtures("quick_runs")
 ITEM_KINDS = {
     "title": "text",
     "genre": "categorical",
-    "maker": "hashed",
+    "maker": "categorical",
     "tags": "multi_categorical",
     "price": "numeric",
     "plays": "bucketized",
     "uploaded": "timestamp",
     "look": "vector",
 }
-USER_KINDS = {"age": "bucketized", "joined": "timestamp", "taste": "vector", "city": "hashed"}
+USER_KINDS = {"age": "bucketized", "joined": "timestamp", "taste": "vector", "city": "categorical"}
 WITH_FEATURES = "embed_query_with_features"
 START = datetime(2023, 11, 1, tzinfo=UTC)
 

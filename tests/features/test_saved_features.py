@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 
 from tests.features.columns import NUM_NEW, fit, fitted_features, new_columns, new_tensors
-from tfrs_pipeline.features.categorical import Categorical, Hashed, MultiCategorical
+from tfrs_pipeline.features.categorical import Categorical, MultiCategorical
 from tfrs_pipeline.features.encoding import raw_columns, raw_signature
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.graph import encode_raw, tensor_specs
@@ -75,7 +75,7 @@ def test_lists_of_a_request_are_cut_and_padded() -> None:
 def test_names_that_no_signature_can_have_are_replaced(tmp_path: Path) -> None:
     names = ["x", "release date", "release_date", "Übersicht", "a", "A", "2nd", "_x", "a/b", "日"]
     names += ["月", "class", "self", "k", "user_id", "history_timestamps"]
-    features = [Hashed(name, num_buckets=64) for name in names]
+    features = [Categorical(name, ("a", "x")) for name in names]
     Served(features).save(tmp_path)
     inputs = [spec.name for spec in raw_signature(features).values()]
     # Functions that take the features by keyword can be called with these names.

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.features.categorical import Categorical, Hashed
+from tfrs_pipeline.features.categorical import Categorical
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.search.queries import QueryInputs
 from tfrs_pipeline.search.settings import Auto, Exact, Scann
@@ -24,7 +24,7 @@ def inputs_of(requests: tuple[Feature, ...], *, reads_times: bool = False) -> Qu
 
 
 def test_requests_are_stored_as_the_model_reads_them() -> None:
-    features = (Categorical("fresh", ("true",)), Hashed("shelf", 4))
+    features = (Categorical("fresh", ("true",)), Categorical("shelf", ("7",)))
     given = [{"fresh": True, "shelf": np.nan}, {"fresh": None, "shelf": 7}, {}]
     items = pa.table({"item_id": [1]})
     queries: list[Any] = [{"request": request} for request in given]

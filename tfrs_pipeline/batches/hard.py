@@ -53,10 +53,10 @@ class HardPool(NamedTuple):
         """Gathers the candidates of samples, [n] int."""
         return self.lists.take(index if self.key is None else self.key[index])
 
-    def has_any(self, samples: slice) -> np.ndarray:
-        """Marks the samples whose list is not empty: [n] bool."""
-        index = np.arange(samples.start, samples.stop) if self.key is None else self.key[samples]
-        return self.lists.offsets[index + 1] > self.lists.offsets[index]
+    def has_any(self) -> np.ndarray:
+        """Marks the samples whose list is not empty: [num_samples] bool."""
+        has_any = np.diff(self.lists.offsets) > 0
+        return has_any if self.key is None else has_any[self.key]
 
 
 class HardDraws:

@@ -4,7 +4,7 @@ A batch is a function of (seed, step), with any parallelism, and a run can start
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,6 @@ from tfrs_pipeline.negatives.log_q import Mixture
 from tfrs_pipeline.negatives.samplers import HardNegatives, InBatch, Negatives, SamplingFrame
 from tfrs_pipeline.samples import never_negatives
 from tfrs_pipeline.samples.store import Samples, positive_probability
-
-SAMPLES_PER_BLOCK = 1 << 20
 
 
 class HybridBatches:
@@ -94,25 +92,15 @@ class HybridBatches:
         self.hard = None if hard is None else HardDraws(samples, hard, seed=seed)
 
     @property
-    def num_unreachable(self) -> int:
-        """Number of candidates that no kind can draw, except those that came after the training."""
-        is_never = self.expected_count[1:] <= 0
-        if self.samples.is_later is not None:
-            is_never &= ~self.samples.is_later[1:]
-        return int(is_never.sum())
-
-    @property
     def mean_hard_share(self) -> float:
         """Mean of f over the drawn samples; a sample with empty pools has 0."""
         if self.hard is None:
             return 0.0
-        share = 0.0
+        has_any = np.any([pool.has_any() for pool in self.hard.pools.values()], axis=0)
         # A candidate's rate is divided evenly among its samples.
         sample_rate = self.frame.q_positive / np.maximum(self.samples.counts, 1)
-        for block in _blocks(len(self.samples), SAMPLES_PER_BLOCK):
-            has_any = np.any([pool.has_any(block) for pool in self.hard.pools.values()], axis=0)
-            share += sample_rate[self.samples.candidate_rows[block][has_any]].sum()
-        return self.hard.share * share
+        share = sample_rate[self.samples.candidate_rows[has_any]].sum()
+        return float(self.hard.share * share)
 
     def dataset(
         self, start_step: int = 0, num_steps: int | None = None, slices: Slices | None = None
@@ -202,12 +190,6 @@ class HybridBatches:
         if self._factor is None:
             return weights
         return (weights * self._factor[self.samples.candidate_rows[index]]).astype(np.float32)
-
-
-def _blocks(num: int, size: int) -> Iterator[slice]:
-    """Cuts samples into blocks that fit into memory."""
-    for start in range(0, num, size):
-        yield slice(start, min(start + size, num))
 
 
 def in_graph(read: Callable[[Any], Batch], chosen: Any, types: Batch) -> Batch:

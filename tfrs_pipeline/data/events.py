@@ -111,13 +111,10 @@ def _keep_weighted(raw: RawTable, weights: Mapping[str, object]) -> tuple[RawTab
     )
     raw.notes.append(f"{raw.source.column('event')}: {', '.join(meanings)}")
     column = printable(repr(raw.source.columns.get("event", "event")))
-    weighted = {name.casefold(): name for name in weights}
-    dropped = []
-    for name, num in itertools.islice(others.items(), _MOST_LISTED):
-        same = weighted.get(name.casefold())
-        but = "" if same is None else f" ({printable(repr(same))} has, so write both the same)"
-        what = f"column {column} is {printable(repr(name))}, which has no weight{but}"
-        dropped.append(Dropped(what, num))
+    dropped = [
+        Dropped(f"column {column} is {printable(repr(name))}, which has no weight", num)
+        for name, num in itertools.islice(others.items(), _MOST_LISTED)
+    ]
     if num_rest := sum(itertools.islice(others.values(), _MOST_LISTED, None)):
         dropped.append(Dropped(f"column {column} is of another type without a weight", num_rest))
     # A row without a type is a fault of the table, which is counted later.

@@ -75,8 +75,8 @@ class Log:
             `title`, if any, is shown to people. `_listed`, if any, is True for items of the item
             table and False for those added from the events.
         users: One row per id: `user_id` and feature columns, for every user of `events`.
-        item_features: Feature columns of `items` and their kinds: categorical or hashed (string or
-            int64), multi_categorical (array<string>), numeric or bucketized (float64), text
+        item_features: Feature columns of `items` and their kinds: categorical (string or int64),
+            multi_categorical (array<string>), numeric or bucketized (float64), text
             (string), timestamp (UTC), vector (array<float32>, of one length). Nulls are missing
             values.
         user_features: The same for `users`.
@@ -178,8 +178,6 @@ class Log:
         order becomes `event_number`: order an Ibis table first (`table.order_by("time")`),
         since engines keep no order.
         """
-        if isinstance(events, str | Path):
-            raise TypeError(f"A path is for Log.from_files. Received: {events!r}.")
         return cls.from_files(events, **options)
 
     @classmethod
@@ -198,12 +196,6 @@ class Log:
         the rows into DuckDB, as in `from_table`, but no row is dropped: a `DataError` names the
         table, the column and the rows that a log cannot hold. Spark's timestamps are taken as UTC.
         """
-        # Before the engine is asked for anything, which may take minutes.
-        schema.checked_kinds(
-            options.get("item_features"),
-            options.get("user_features"),
-            options.get("request_features"),
-        )
         for name in ("items", "users"):
             options[name] = _in_utc(options.get(name))
         events, items = _in_utc(events), options["items"]
@@ -528,8 +520,6 @@ def _described(log: Log) -> Iterator[str]:
         yield from _describe_times(log.events)
     elif log.order == "event_number":
         yield "no timestamps: the row order is taken as the event order"
-    if "weight" in log.events.columns:
-        yield from _describe_weights(log.events)
     if log.disliked is not None:
         clicks, positives = log.events.filter(is_positive), log.positives()
         num_lost = schema.count_rows(clicks) - schema.count_rows(positives)
@@ -594,15 +584,4 @@ def _describe_times(events: ibis.Table) -> Iterator[str]:
         yield (
             f"positives a day: median {statistics.median_low(counts):,}, lowest {lowest:,} on "
             f"{when}, {counts[-1]:,} on the last day"
-        )
-
-
-def _describe_weights(events: ibis.Table) -> Iterator[str]:
-    clicks = events.filter(is_positive)
-    weight = clicks["weight"]
-    least, most = schema.totals(clicks, least=weight.min(), most=weight.max()).values()
-    if least != most:
-        yield (
-            f"weights of positives from {least:g} to {most:g}: they weigh the loss; metrics and "
-            "baselines count every positive once"
         )

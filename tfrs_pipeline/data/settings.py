@@ -201,9 +201,9 @@ class DataConfig(Reading, Tables):
     """Where events, items and users come from."""
 
     item_features: dict[str, Kind] = {}
-    """Item table columns that the model reads, each with its kind: categorical; hashed, for very
-    many values; multi_categorical; text; numeric; bucketized, for numbers with a non-linear
-    effect; timestamp; vector, a list of numbers from another model."""
+    """Item table columns that the model reads, each with its kind: categorical;
+    multi_categorical; text; numeric; bucketized, for numbers with a non-linear effect; timestamp;
+    vector, a list of numbers from another model."""
     user_features: dict[str, Kind] = {}
     """The same for columns of the user table."""
     request_features: dict[str, Kind] = {}

@@ -28,7 +28,6 @@ from tfrs_pipeline.evaluation.interactions import (
     Interactions,
     Sequences,
     below_one,
-    count_users,
     history_columns,
     history_matrix,
 )
@@ -116,8 +115,8 @@ class MostPopular(Baseline):
         if self.latest < 1:
             if isinstance(train, Interactions):
                 raise ValueError("latest needs times, which interactions lack: fit it to a log.")
-            latest = _latest(train.positives(), self.latest)
-            counts = count_users(latest, items) + below_one(counts)
+            latest = Interactions.of(train, _latest(train.positives(), self.latest))
+            counts = latest.counts + below_one(counts)
         return FittedPopularity(items, counts)
 
 

@@ -36,15 +36,16 @@ class Interactions:
         return cls(items, matrix[np.diff(matrix.indptr) > 0])
 
     @classmethod
-    def of(cls, train: "Log | Interactions") -> "Interactions":
-        """Collects the positives of a log; its items, ordered by id, are the corpus.
+    def of(cls, train: "Log | Interactions", positives: ibis.Table | None = None) -> "Interactions":
+        """Collects the positives of a log, or some; its items, ordered by id, are the corpus.
 
         Interactions are returned unchanged.
         """
         if isinstance(train, Interactions):
             return train
         items = items_of(train)
-        pairs = train.positives().select("user_id", "item_id").distinct()
+        clicks = train.positives() if positives is None else positives
+        pairs = clicks.select("user_id", "item_id").distinct()
         pairs = pairs.order_by("user_id").to_pyarrow()
         users = numbered(pairs["user_id"])
         return cls.from_rows(items, users, clicked_rows(pairs, items))
@@ -125,14 +126,6 @@ def items_of(log: Log) -> Ids:
     """Returns the items of a log, ordered by id; a `TypeError` if it is not a log."""
     check_log(log)
     return Ids(log.items.select("item_id").order_by("item_id").to_pyarrow()["item_id"].to_numpy())
-
-
-def count_users(positives: ibis.Table, items: Ids) -> np.ndarray:
-    """Counts the users of each item in a table of positives: [num_items] int64."""
-    rows = positives.group_by("item_id").agg(num=positives["user_id"].nunique()).to_pyarrow()
-    counts = np.zeros(len(items), np.int64)
-    counts[clicked_rows(rows, items) - 1] = rows["num"].to_numpy()
-    return counts
 
 
 def clicked_rows(clicked: pa.Table, items: Ids) -> np.ndarray:

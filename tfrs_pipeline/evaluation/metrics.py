@@ -189,14 +189,6 @@ class Metric:
     more_is_better: ClassVar[bool] = True
     is_by_slice: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        """Refuses (`TypeError`) a class without a name."""
-        if not hasattr(self, "name"):
-            raise TypeError(
-                f"The metric {type(self).__name__} has no name: tables show one before the cutoff. "
-                'Give the class one, such as: name = "precision"'
-            )
-
     def measure(self, rankings: Rankings) -> np.ndarray | float | None:
         """Returns [num_queries] float64; None if it cannot be measured here.
 

@@ -13,7 +13,6 @@ from datetime import datetime
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from farmhash import Fingerprint64
 
 from tfrs_pipeline.features.feature import Feature, TableColumn
 from tfrs_pipeline.features.raw import (
@@ -23,62 +22,13 @@ from tfrs_pipeline.features.raw import (
     has_booleans,
     in_blocks,
     padded,
-    to_text,
     to_text_lists,
     to_texts,
 )
 from tfrs_pipeline.libraries import ir, pa, pc, tf
 from tfrs_pipeline.messages import counted, printable
 
-MIN_BUCKETS, MAX_BUCKETS = 16, 2**20
 _WHOLE = r"(-?[0-9]+)\.0"
-
-
-class Category(Feature):
-    """An integer or a string per row, in any encoding; 7 and "7" are one value."""
-
-    takes_whole_numbers = True
-
-    @classmethod
-    def read(cls, column: TableColumn) -> ir.Value:
-        """Reads ids; booleans and fractions become text, written as in CSV."""
-        value, dtype = column.value, column.value.type()
-        if dtype.is_boolean():
-            return value.cast("string")
-        if dtype.is_floating() or dtype.is_decimal():
-            is_fraction = value.try_cast("int64").cast("float64") != value.cast("float64")
-            if column.aggregate(found=is_fraction.any())["found"]:
-                number = value.cast("float64") if dtype.is_decimal() else value
-                return number.cast("string").re_replace(WHOLE_FLOAT, r"\1").nullif("nan")
-        if dtype.is_string():
-            _note_lists(column)
-        return column.read("id")
-
-    @functools.cached_property
-    def _rewrites(self) -> tuple[bool, bool]:
-        """Whether values lose spaces and .0: unless the vocabulary distinguishes them."""
-        strips = all(value == value.strip() for value in self.vocabulary)
-        return strips, not any(value.endswith(".0") for value in self.vocabulary)
-
-    def cleaned(self, text: str) -> str:
-        """Rewrites spaces and 7.0 as a log does."""
-        strips, shortens = self._rewrites
-        if strips:
-            text = text.strip(string.whitespace)
-        # Tables write 7 as 7.0 in a column with missing values.
-        if shortens and text.endswith(".0") and (whole := re.fullmatch(_WHOLE, text)):
-            return whole[1]
-        return text
-
-    def cleaned_in_graph(self, texts: tf.Tensor) -> tf.Tensor:
-        """Rewrites spaces, 7.0 and True as a log does."""
-        strips, shortens = self._rewrites
-        if strips:
-            texts = tf.strings.strip(texts)
-        if shortens:
-            texts = tf.strings.regex_replace(texts, f"^{_WHOLE}$", r"\1")
-        is_lowered = not self.vocabulary or has_booleans(self.vocabulary)
-        return lower_booleans_in_graph(texts) if is_lowered else texts
 
 
 @dataclass(frozen=True)
@@ -123,8 +73,8 @@ class Vocabulary(Feature):
 
 
 @dataclass(frozen=True)
-class Categorical(Category, Vocabulary):
-    """A value's place in the vocabulary.
+class Categorical(Vocabulary):
+    """The place of an integer or a string in the vocabulary; 7 and "7" are one value.
 
     Example:
         >>> Categorical("gender", ("F", "M")).encode_column(["M", None, "X"])
@@ -133,6 +83,47 @@ class Categorical(Category, Vocabulary):
 
     kind: ClassVar[str] = "categorical"
     holds_categories = True
+    takes_whole_numbers = True
+
+    @classmethod
+    def read(cls, column: TableColumn) -> ir.Value:
+        """Reads ids; booleans and fractions become text, written as in CSV."""
+        value, dtype = column.value, column.value.type()
+        if dtype.is_boolean():
+            return value.cast("string")
+        if dtype.is_floating() or dtype.is_decimal():
+            is_fraction = value.try_cast("int64").cast("float64") != value.cast("float64")
+            if column.aggregate(found=is_fraction.any())["found"]:
+                number = value.cast("float64") if dtype.is_decimal() else value
+                return number.cast("string").re_replace(WHOLE_FLOAT, r"\1").nullif("nan")
+        if dtype.is_string():
+            _note_lists(column)
+        return column.read("id")
+
+    @functools.cached_property
+    def _rewrites(self) -> tuple[bool, bool]:
+        """Whether values lose spaces and .0: unless the vocabulary distinguishes them."""
+        strips = all(value == value.strip() for value in self.vocabulary)
+        return strips, not any(value.endswith(".0") for value in self.vocabulary)
+
+    def cleaned(self, text: str) -> str:
+        """Rewrites spaces and 7.0 as a log does."""
+        strips, shortens = self._rewrites
+        if strips:
+            text = text.strip(string.whitespace)
+        # Tables write 7 as 7.0 in a column with missing values.
+        if shortens and text.endswith(".0") and (whole := re.fullmatch(_WHOLE, text)):
+            return whole[1]
+        return text
+
+    def cleaned_in_graph(self, texts: tf.Tensor) -> tf.Tensor:
+        """Rewrites spaces, 7.0 and True as a log does."""
+        strips, shortens = self._rewrites
+        if strips:
+            texts = tf.strings.strip(texts)
+        if shortens:
+            texts = tf.strings.regex_replace(texts, f"^{_WHOLE}$", r"\1")
+        return lower_booleans_in_graph(texts) if has_booleans(self.vocabulary) else texts
 
     @classmethod
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
@@ -141,7 +132,9 @@ class Categorical(Category, Vocabulary):
 
     def encoded(self, raw: np.ndarray) -> np.ndarray:
         """Returns [B] int32."""
-        return encode_distinct(raw, self._code)
+        texts = raw.tolist()
+        codes = {text: self._code(text) for text in set(texts)}  # Each distinct one once.
+        return np.fromiter(map(codes.__getitem__, texts), np.int32, len(texts))
 
     def _code(self, text: str) -> int:
         # No value of the vocabulary is rewritten, so a known one need not be.
@@ -150,55 +143,6 @@ class Categorical(Category, Vocabulary):
     def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B] int32."""
         return self.codes_in_graph(self.cleaned_in_graph(raw))
-
-
-@dataclass(frozen=True)
-class Hashed(Category):
-    """A value's bucket by its hash (FarmHash), the same in every process.
-
-    Example:
-        >>> Hashed.fit("sku", ["a", "b"]).encode_column(["a", "b", "new", None])
-        array([ 4,  7, 16,  0], dtype=int32)
-    """
-
-    num_buckets: int  # A power of two.
-
-    kind: ClassVar[str] = "hashed"
-
-    @classmethod
-    def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
-        """Takes the next power of two above twice the number of values, 2^20 at most.
-
-        Below this limit, at most 4 in 10 values share a bucket with another.
-        """
-        # A power of two, so that a larger table of a later training splits buckets cleanly.
-        wanted = 2 ** (2 * len(count_rows(column)[0]) - 1).bit_length()
-        return cls(name, min(max(wanted, MIN_BUCKETS), MAX_BUCKETS))
-
-    @property
-    def num_codes(self) -> int:
-        """Number of buckets."""
-        return self.num_buckets
-
-    def encoded(self, raw: np.ndarray) -> np.ndarray:
-        """Returns [B] int32 buckets from 1, 0 where missing."""
-        return encode_distinct(raw, self._bucket)
-
-    def _bucket(self, text: str) -> int:
-        text = to_text(self.cleaned(text))
-        # Keras hashes with this one of FarmHash's functions.
-        return 1 + Fingerprint64(text.encode()) % self.num_buckets if text else 0
-
-    def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
-        """Returns [B] int32 buckets from 1, 0 where missing."""
-        # Keras keeps bucket 0 for the mask.
-        # FarmHash is part of the graph, so a server needs no table.
-        hashing = tf.keras.layers.Hashing(self.num_buckets + 1, mask_value="", dtype="int32")
-        return hashing(self.cleaned_in_graph(raw))
-
-    def codes_of(self, there: Self) -> np.ndarray:
-        """Returns, for each bucket here, the bucket there that contains it or is part of it."""
-        return np.concatenate([[0], 1 + np.arange(self.num_buckets) % there.num_buckets])
 
 
 def count_rows(
@@ -219,13 +163,6 @@ def count_rows(
     # Counted in Arrow by block, because a column of titles has millions of words.
     values, numbers = total["value"].to_pylist(), total["row_count_sum"].to_pylist()
     return {v: n for v, n in zip(values, numbers, strict=True) if v}, longest
-
-
-def encode_distinct(raw: np.ndarray, code: Callable[[str], int]) -> np.ndarray:
-    """Encodes texts [B] with `code`, each distinct one once: [B] int32."""
-    texts = raw.tolist()
-    codes = {text: code(text) for text in set(texts)}
-    return np.fromiter(map(codes.__getitem__, texts), np.int32, len(texts))
 
 
 def lower_booleans_in_graph(texts: tf.Tensor) -> tf.Tensor:

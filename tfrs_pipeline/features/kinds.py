@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tfrs_pipeline.features.categorical import Categorical, Hashed, MultiCategorical, Text
+from tfrs_pipeline.features.categorical import Categorical, MultiCategorical, Text
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.numeric import Bucketized, Numeric, Timestamp, Vector
 from tfrs_pipeline.messages import suggest_part
@@ -12,7 +12,6 @@ KINDS: dict[str, type[Feature]] = {
     cls.kind: cls
     for cls in (
         Categorical,
-        Hashed,
         MultiCategorical,
         Text,
         Numeric,

@@ -252,8 +252,6 @@ def describe_data(
             f"model.history_pooling {', '.join(reading)} reads the order of a history, and the log "
             "has none: take mean, or --preset sets"
         )
-    if unreachable := batches.num_unreachable:
-        notes.append(f"never drawn as negatives: {counted(unreachable, 'item')}")
     if (is_later := data.samples.is_later) is not None:
         num = counted(int(is_later.sum()), "item")
         notes.append(f"{num} came after the training: new to it, and nobody's negatives")

@@ -33,7 +33,6 @@ class Mixture:
             a row's shared columns; 0 where no kind can draw the candidate.
 
     Raises:
-        TypeError: If something is not a kind of negative.
         ValueError: If a kind's counts are impossible, or if there is no negative at all. Whether a
             kind draws as its counts say is for your tests: `tfrs_pipeline.testing.check_draws`.
 
@@ -120,12 +119,6 @@ def hard_log_q(num_left: tf.Tensor, share: float, num_candidates: int) -> tf.Ten
 
 def checked_count(kind: Negatives, frame: SamplingFrame) -> np.ndarray:
     """Returns how many copies of each candidate a kind expects to draw."""
-    for method in ("draw", "expected_count"):
-        if isinstance(kind, type) or not hasattr(kind, method):
-            raise TypeError(
-                "A kind of negative has the methods draw and expected_count (see `Negatives`): "
-                f"log_q follows from the second. Received, without {method}: {kind!r}"
-            )
     count = np.asarray(kind.expected_count(frame), np.float64)
     num_rows = frame.num_candidates + 1
     if count.shape != (num_rows,):

@@ -350,16 +350,6 @@ def _split(stages: Any) -> Any:
     return stages.split(",") if isinstance(stages, str) else stages
 
 
-def _check_above_zero(share: float) -> float:
-    if share <= 0:
-        without = "without hard negatives, hard is None (model.hard none)"
-        raise ValueError(f"must be above 0: {without}; in a comparison, that is the plan mixed")
-    return share
-
-
-HardShare: TypeAlias = Annotated[float, Field(lt=1), AfterValidator(_check_above_zero)]
-
-
 @checked
 class FunnelLosers:
     """Items that lost in the positive's own request.
@@ -383,7 +373,7 @@ class FunnelLosers:
             without "ranked".
     """
 
-    share: HardShare = 0.01
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.01
     stages: Annotated[Several[HardStage], BeforeValidator(_split)] = ("retrieved", "pre_ranked")
     num: PositiveInt = 4
     bottom_share: Annotated[float, Field(gt=0, le=1)] = 0.5
