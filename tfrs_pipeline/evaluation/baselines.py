@@ -27,7 +27,6 @@ from tfrs_pipeline.data.split import in_order, num_in_share
 from tfrs_pipeline.evaluation.interactions import (
     Interactions,
     Sequences,
-    below_one,
     history_columns,
     history_matrix,
 )
@@ -86,8 +85,8 @@ class MostPopular(Baseline):
     """Retrieves the same candidates for everyone: those with the most users in training.
 
     `latest` in (0, 1] is the share of the latest positives, by timestamp, whose users are counted;
-    the users of all positives break ties, and then what else these clicked. Set it below 1 for logs
-    whose items come and go. A `ValueError` if it is out of range.
+    the users of all positives break ties. Set it below 1 for logs whose items come and go. A
+    `ValueError` if it is out of range.
 
     Example:
         >>> import pyarrow as pa
@@ -111,12 +110,12 @@ class MostPopular(Baseline):
         A `ValueError` if `latest` is below 1 without timestamps; interactions have none.
         """
         whole = Interactions.of(train)
-        items, counts = whole.items, whole.popularity
+        items, counts = whole.items, whole.counts
         if self.latest < 1:
             if isinstance(train, Interactions):
                 raise ValueError("latest needs times, which interactions lack: fit it to a log.")
             latest = Interactions.of(train, _latest(train.positives(), self.latest))
-            counts = latest.counts + below_one(counts)
+            counts = latest.counts + _below_one(counts)
         return FittedPopularity(items, counts)
 
 
@@ -165,7 +164,7 @@ class Repeats(Baseline):
     def fit(self, train: Log | Interactions) -> ScoreRetriever:
         """Counts the users of each candidate of a log, or of interactions."""
         train = Interactions.of(train)
-        popular = below_one(train.popularity)
+        popular = _below_one(train.counts)
 
         def score(queries: Sequence[Query]) -> np.ndarray:
             scores = np.tile(popular, (len(queries), 1))
@@ -355,7 +354,7 @@ class ItemKnn(Baseline):
         # Row i has s_ij of every candidate j that keeps i.
         similar = scipy.sparse.csr_matrix((values, (neighbors, candidates)), shape)
         # Candidates without a neighbor in the history follow those with one.
-        popular = (below_one(train.popularity) - 1).astype(np.float32)
+        popular = (_below_one(train.counts) - 1).astype(np.float32)
 
         def score(queries: Sequence[Query]) -> np.ndarray:
             histories = history_columns(queries, train.items)
@@ -466,12 +465,7 @@ class Ials(Baseline):
                 random_state=self.seed,
                 num_threads=self.num_threads,
             )
-            # It draws a start for each row, so the order of rows may not depend on names.
-            users, items = map(np.argsort, train.rarity)
-            matrix = train.matrix[users][:, items]
-            matrix.sort_indices()
-            model.fit(matrix, show_progress=False)
-        model.item_factors = model.item_factors[np.argsort(items)]
+            model.fit(train.matrix, show_progress=False)
         return model
 
 
@@ -515,7 +509,7 @@ def _by_product(
         histories = history_matrix(queries, train.items)
         scores = score(histories)
         # Their own scores are all equal, and would rank items by their ids.
-        scores[histories @ (train.counts > 0) == 0] = train.popularity
+        scores[histories @ (train.counts > 0) == 0] = train.counts
         return scores
 
     return ScoreRetriever(train.items, or_popular)
@@ -554,6 +548,11 @@ def _blocks(work: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
         stop = max(start + 1, int(np.searchsorted(ends, done + most, "right")))
         yield start, stop
         start = stop
+
+
+def _below_one(counts: np.ndarray) -> np.ndarray:
+    """Scales counts so that they break the ties of other counts: float64 in [0, 1)."""
+    return counts / (1.0 + counts.max(initial=0))
 
 
 def _ease_weights(interactions: scipy.sparse.csr_matrix, l2: float) -> np.ndarray:
