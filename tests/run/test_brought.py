@@ -109,6 +109,7 @@ def test_a_run_chooses_compares_and_refuses_by_them(tmp_path: Path) -> None:
         "training.max_epochs": 2,
         "training.learning_rate": 1e-9,  # Learns nothing, so that a baseline wins.
         "training.refit": False,
+        "training.history_bonus": False,
         "evaluation.baselines": ("crowd", "no_one"),
         "export.if_beaten": False,
     }

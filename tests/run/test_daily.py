@@ -286,6 +286,7 @@ def test_a_worse_model_is_published_only_if_asked_for(
     served = model_folder(place)
     before = {path: path.read_bytes() for path in served.rglob("*") if path.is_file()}
     untrained = {"training.learning_rate": 1e-9, "training.max_epochs": 1, "training.refit": False}
+    untrained["training.history_bonus"] = False
     config = today(place, **untrained, **{"export.gate": True})
     (place / "worse.toml").write_text(dump_config(config))
     folder = place / "runs" / "worse"

@@ -48,18 +48,20 @@ def test_a_run_chooses_a_bonus_keeps_it_in_the_refit_and_serves_it(tmp_path: Pat
         result = run(config, tmp_path / "run", progress=(watched := Watched()))
     model = trained_in(result.folder)
     assert model is not None
-    assert model.repeat_bonus is not None
-    assert model.repeat_bonus.weight > 0
-    bonus = result.metrics["training"]["two_tower"]["repeat_bonus"]
-    assert vars(model.repeat_bonus) == bonus
+    assert model.bonus is not None
+    assert model.bonus.repeats is not None
+    assert model.bonus.repeats.weight > 0
+    bonus = result.metrics["training"]["two_tower"]["bonus"]
+    assert model.bonus.as_dict() == bonus
     # Chosen by the first training alone, whose model never saw validation.
     first = trained_in(result.folder, "selection")
     assert first is not None
     split: Split = split_in(RunFolder(result.folder))
-    chosen = first.with_repeat_bonus(split.validation, "none", config.seed)
-    assert chosen.repeat_bonus == model.repeat_bonus
+    chosen = first.with_bonus(split.validation, "none", config.seed).bonus
+    assert chosen is not None
+    assert chosen.as_dict() == model.bonus.as_dict()
     notes = watched.reports["train two_tower"].notes
-    assert f"items of the query's history score {model.repeat_bonus}, chosen on validation" in notes
+    assert {*model.bonus.notes} <= {*notes}
     # What the run measured is the model with the bonus, and so is what it serves.
     assert result.metrics["models"]["two_tower"]["recall@5"]["mean"] > 0.5
     loaded = load(config.model_folder)
@@ -82,7 +84,7 @@ def test_a_comparison_in_python_measures_what_fit_returns(tmp_path: Path) -> Non
         fitted = plan.fit(split.train, split.validation, exclude="none")
         asked: dict[str, Any] = {"exclude": "none", "cutoffs": (5, 20)}
         compared = compare(*split, plans={"plain": plan}, **asked)
-    assert fitted.repeat_bonus is not None
+    assert fitted.bonus is not None
     alone = evaluate(fitted, split.test, **asked).first.per_query
     values = compared.by_seed[0].first.per_query
     assert {name: x.tolist() for name, x in values.items()} == {

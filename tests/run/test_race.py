@@ -333,6 +333,7 @@ def test_a_race_chooses_how_much_a_short_history_counts(given: float | None) -> 
     split = chance_log().split("time", validation=0.3, test=0.1)
     train, validation = split.train, split.holdout("validation", by="requests")
     settings = {**GIVEN, "training.max_epochs": 8, "training.learning_rate": 0.02}
+    settings["training.history_bonus"] = False
     if given is not None:
         settings["model.history_shrinkage"] = given
     model, race = tp.race(train, validation, recipes=["quick"], settings=settings, members=1)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.samples.store import RowLists
+from tfrs_pipeline.search.item_graph import ItemGraph
 from tfrs_pipeline.service.stored import MappedIds, Stored, read_array, write_array
 
 INTEGERS = st.integers(-(2**63), 2**63 - 1).filter(lambda id_: id_ != -1)
@@ -44,12 +45,14 @@ def written(
         },
         times=None if times is None else np.array(times),
         columns={"age (years)": np.array([1.5, np.nan], np.float32), "tags": np.eye(2, 3)},
+        graph=ItemGraph.build(histories or lists([2, 1], [3]), 3, "what came next"),
     )
     manifest = {
         "users_are_text": users.dtype == object,
         "items_are_text": True,
         "reads_times": times is not None,
         "user_features": ["age (years)", "tags"],
+        "graph": "what came next",
     }
     return Stored(folder, {"stored": manifest})
 

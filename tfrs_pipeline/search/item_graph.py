@@ -61,7 +61,7 @@ class ItemGraph:
             >>> histories = RowLists.from_lists([np.array([3, 2, 1]), np.array([2, 1])])
             >>> graph = ItemGraph.build(histories, num_items=3, kind="what came next")
             >>> rows, weights = graph.of(1)
-            >>> rows.tolist(), weights.round(2).tolist()  # 2 / (2.5 + 2), 0.5 / (2.5 + 2)
+            >>> rows.tolist(), weights.astype(float).round(2).tolist()  # 2 / 4.5, 0.5 / 4.5
             ([2, 3], [0.44, 0.11])
         """
         import scipy.sparse  # A service, which builds no graph, starts without it.
