@@ -224,6 +224,7 @@ class ModelVersions:
         start = time.monotonic()
         try:
             version = self._load_version(folder)
+            version.retriever.catch_up()  # Counts all clicks, which writes need not wait for.
         except Exception as error:  # Whatever is wrong, the version in use goes on.
             problem = " ".join(f"{type(error).__name__}: {error}".split())  # In one line.
             message = f"Version {folder.name} cannot be loaded: {problem}"
