@@ -62,6 +62,7 @@ class ServedVersion:
         self.number = int(folder.name)
         self.num_uses = 0
         self.retriever = load(folder)
+        self.retriever.graph.catch_up()  # Counts all clicks: no write has to wait for that.
         # The page needs the titles. They are read now, because the folder may be deleted later.
         self.titles: dict[Any, str | None] = {}
         if settings.page:
@@ -224,7 +225,6 @@ class ModelVersions:
         start = time.monotonic()
         try:
             version = self._load_version(folder)
-            version.retriever.catch_up()  # Counts all clicks, which writes need not wait for.
         except Exception as error:  # Whatever is wrong, the version in use goes on.
             problem = " ".join(f"{type(error).__name__}: {error}".split())  # In one line.
             message = f"Version {folder.name} cannot be loaded: {problem}"
