@@ -220,8 +220,10 @@ class Transitions(Baseline):
             train = Sequences.from_log(train)
         items, rows = train.items, train.item_rows
         # The prior: popular items are likely to come next after anything.
-        popular = Interactions.from_rows(items, train.users, rows).counts
-        popular = self.prior * popular / max(1, popular.sum())
+        clicked = Interactions.from_rows(items, train.users, rows)
+        popular = self.prior * clicked.counts / max(1, clicked.counts.sum())
+        # Of equal scores, the first column wins.
+        order = np.argsort(-clicked.popularity, kind="stable")
         # Row 0, which is empty, is for histories without a known item.
         shape = (1 + len(items), len(items))
         num = scipy.sparse.csr_matrix(shape, dtype=np.float32)
@@ -243,9 +245,9 @@ class Transitions(Baseline):
             )
             total = num_all[last] + _BEFORE * num_all[before] + popular.sum()
             scores = (num[last] + _BEFORE * num[before]).toarray() + popular
-            return scores / np.maximum(total, 1e-12)[:, np.newaxis]
+            return (scores / np.maximum(total, 1e-12)[:, np.newaxis])[:, order]
 
-        return ScoreRetriever(items, score)
+        return ScoreRetriever(Ids(items.values[order]), score)
 
 
 # Most pairs of items that `ItemKnn` counts at a time, which bounds memory, and in all, which bounds
