@@ -166,16 +166,31 @@ def test_transitions_need_an_order_and_no_more_positives_than_the_window() -> No
         tp.Transitions().fit(log)
 
 
-def slow_neighbors(train: Interactions, plan: tp.ItemKnn, num_kept: int) -> np.ndarray:
-    """Computes every s_ij by its formula, [num_items, num_items]; 0 where i is no neighbor of j."""
+def slow_similarities(train: Interactions, plan: tp.ItemKnn) -> np.ndarray:
+    """Computes every s_ij by its formula: [num_items, num_items]."""
     clicks = train.matrix.toarray().astype(np.float64)
-    weights = 1 / np.sqrt(clicks.sum(axis=1))
-    num = np.einsum("u,ui,uj->ij", weights, clicks, clicks)
-    num_users = np.maximum(np.diag(num), 1e-12)
-    similar = np.zeros_like(num)
-    for j in range(len(num)):
-        alone = num_users**plan.alpha * num_users[j] ** (1 - plan.alpha)
-        similarities = num[:, j] / (alone + plan.shrinkage)
+    num_items = clicks.shape[1]
+    num, num_users = np.zeros((num_items, num_items)), np.zeros(num_items)
+    for line in clicks:
+        clicked = np.flatnonzero(line)
+        idf = np.log(num_items / (1 + len(clicked)))
+        weight = idf**2 if plan.bm25 else 1 / np.sqrt(len(clicked))
+        for i in clicked:
+            num_users[i] += weight
+            num[i, clicked] += weight
+    if plan.bm25:
+        mean = clicks.sum() / num_items
+        b = [101 / (1 + 100 * (0.2 + 0.8 * n / mean)) for n in clicks.sum(axis=0)]
+        return num * np.outer(b, b)
+    num_users = np.maximum(num_users, 1e-12)
+    alone = np.outer(num_users**plan.alpha, num_users ** (1 - plan.alpha))
+    return num / (alone + plan.shrinkage)
+
+
+def slow_neighbors(train: Interactions, plan: tp.ItemKnn, num_kept: int) -> np.ndarray:
+    """Keeps of each column the largest s_ij: [num_items, num_items]; 0 for the others."""
+    similar = np.zeros((len(train.items), len(train.items)))
+    for j, similarities in enumerate(slow_similarities(train, plan).T):
         if not plan.own_items:
             similarities[j] = 0
         best = np.argsort(-similarities.astype(np.float32), kind="stable")[:num_kept]
@@ -189,6 +204,8 @@ def slow_neighbors(train: Interactions, plan: tp.ItemKnn, num_kept: int) -> np.n
         tp.ItemKnn(0.5, 0.0, 1.0),
         tp.ItemKnn(0.8, 2.0, 0.7, own_items=True),
         tp.ItemKnn(0.2, 1.0, 0.7, 3),
+        tp.ItemKnn(decay=0.7, bm25=True),
+        tp.ItemKnn(num_neighbors=4, own_items=True, bm25=True),
     ],
 )
 def test_itemknn_equals_its_formula(plan: tp.ItemKnn) -> None:
@@ -461,8 +478,8 @@ def measured(events: pd.DataFrame, kind: type[baselines.Baseline]) -> list[dict[
     """Measures the first and the last form of a baseline by the last clicks of all."""
     split = tp.Log.from_table(events).split("time")
     forms = kind.forms(seed=0, by_time=False, exclude="none")
-    plans = [forms[0], forms[-1]]
-    if kind is tp.Ials:  # Far from the solution, which does not depend on the start.
+    plans: list[baselines.Baseline] = [forms[0], forms[-1]]
+    if kind.label == tp.Ials.label:  # Far from the solution, which does not depend on the start.
         plans = [tp.Ials(4, 2.0, num_iterations=2, num_threads=1)]
     models = {str(plan): plan.fit(split.before_test) for plan in plans}
     holdout = split.holdout("test", by="requests")

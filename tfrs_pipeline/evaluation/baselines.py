@@ -269,7 +269,7 @@ class ItemKnn(Baseline):
     n_ij the users of both items, n_i those of one. A user of n items counts 1 / sqrt(n), because
     who has clicked much says less about each pair. With alpha of .5 this is the cosine of two items
     if nothing is shrunk; above, popular items of the history count less, and popular candidates are
-    found more often. With `bm25`, instead,
+    found more often. With `bm25`, instead, whatever alpha and the shrinkage are,
 
         s_ij = sum over the users u of both of idf_u^2 b_i b_j, where idf_u = ln(N / (1 + n_u)) with
         n_u items of N, and b_i = 101 / (1 + 100 (.2 + .8 n_i / mean n)).
@@ -334,6 +334,7 @@ class ItemKnn(Baseline):
             weighted.data = np.repeat(idf**2, lengths).astype(np.float32)
             share = train.counts / max(train.counts.mean(), 1e-12)
             history_scale = candidate_scale = (1 + 100 * (0.2 + 0.8 * share)) / 101
+        shrinkage = 0.0 if self.bm25 else self.shrinkage
         num_kept = max(1, min(self.num_neighbors, _MAX_NEIGHBORS // max(1, num_items)))
         users_by_item = clicked.T.tocsr()
         parts = [(np.empty(0, np.float32), np.empty(0, np.int32), np.empty(0, np.int32))]
@@ -341,7 +342,7 @@ class ItemKnn(Baseline):
             shared = users_by_item[start:stop] @ weighted  # n_ij: [stop - start, num_items].
             shared.sort_indices()  # So that the smaller row wins a tie.
             candidates = np.repeat(np.arange(start, stop, dtype=np.int32), np.diff(shared.indptr))
-            scale = candidate_scale[candidates] * history_scale[shared.indices] + self.shrinkage
+            scale = candidate_scale[candidates] * history_scale[shared.indices] + shrinkage
             similarity = (shared.data / scale).astype(np.float32)
             is_kept = np.full(len(similarity), True)
             if not self.own_items:
