@@ -193,7 +193,7 @@ class Transitions(Baseline):
     user's training positives, n_i their sum, p_j the item's share of the distinct pairs of user and
     item, and m the prior's size. Positives of one request do not follow each other; all follow the
     positives before the request. The same holds for positives at one time, if the log's rule for
-    ties is "drop".
+    ties is "drop". Of equal scores, the more popular item comes first.
 
     The `prior` is m, above 0: an item with 1% of the pairs counts as m / 100 transitions. The
     `window` is how many of the next positives count as coming next, 1 or more: the first as 1, each
@@ -222,7 +222,7 @@ class Transitions(Baseline):
         # The prior: popular items are likely to come next after anything.
         clicked = Interactions.from_rows(items, train.users, rows)
         popular = self.prior * clicked.counts / max(1, clicked.counts.sum())
-        # Of equal scores, the first column wins.
+        # Of equal scores, the first column wins: the more popular item, whatever its id.
         order = np.argsort(-clicked.popularity, kind="stable")
         # Row 0, which is empty, is for histories without a known item.
         shape = (1 + len(items), len(items))
