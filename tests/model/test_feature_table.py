@@ -43,7 +43,9 @@ def test_features_are_dropped_whole_each_and_each_row_by_itself() -> None:
     assert np.abs(masks.mean(axis=1) - rate).max() < 4.5 * deviation
     # Masks are independent of each other, of the row before, and of other draws with the seed.
     drawn = tf.random.stateless_uniform([num_rows, 1], seed).numpy()[:, 0] < rate
-    others = np.corrcoef([*masks, *masks[:, np.r_[1:num_rows, 0]], drawn]) - np.eye(2 * len(FEATURES) + 1)
+    others = np.corrcoef([*masks, *masks[:, np.r_[1:num_rows, 0]], drawn]) - np.eye(
+        2 * len(FEATURES) + 1
+    )
     assert np.abs(others).max() < 5 / math.sqrt(num_rows)
 
 
@@ -68,7 +70,10 @@ def test_no_rate_drops_nothing_and_the_full_one_everything() -> None:
         for name, value in encoded.items():
             np.testing.assert_array_equal(none[name], value)
     some = drop_features(encoded, FEATURES[:1], 1.0, *at)
-    assert [is_empty(x, some[x.name]).all() for x in FEATURES] == [True, *[False] * (len(FEATURES) - 1)]
+    assert [is_empty(x, some[x.name]).all() for x in FEATURES] == [
+        True,
+        *[False] * (len(FEATURES) - 1),
+    ]
 
 
 def test_a_table_refuses_columns_that_do_not_fit() -> None:

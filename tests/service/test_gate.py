@@ -1,5 +1,6 @@
 """The version in service is asked as in service, even if a run's data differs from its own."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,12 @@ import pytest
 
 import tfrs_pipeline as tp
 from tests.model.conftest import eagerly
+from tests.search.test_item_graph import weights_by_hand
 from tests.service.conftest import Exported
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.run.gate import IN_SERVICE, version_in_service, worse_than_version
+from tfrs_pipeline.search.history_bonus import HistoryBonus, NeighbourBonus, RepeatBonus
+from tfrs_pipeline.search.item_graph import KINDS
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 
@@ -108,3 +112,84 @@ def test_users_have_their_features_in_a_version_without_user_data(
     alone = version_in_service(tmp_path / "m", log.listed_ids)
     assert alone is not None
     assert np.allclose(alone.retrieve(queries, 10)[1], expected, atol=1e-5) == user_data
+
+
+NUM_CLICKS, NUM_ITEMS = 8, 12
+
+
+@pytest.fixture(scope="module")
+def clicks() -> np.ndarray:
+    """The items that each of ten users clicked, in order: [10, NUM_CLICKS]."""
+    return np.random.default_rng(5).integers(0, NUM_ITEMS, (10, NUM_CLICKS))
+
+
+@pytest.fixture(scope="module")
+def ordered(clicks: np.ndarray) -> tp.Log:
+    users = np.repeat(np.arange(len(clicks)), NUM_CLICKS)
+    events = pd.DataFrame({"user_id": users, "item_id": clicks.ravel()})
+    events["timestamp"] = pd.to_datetime(10**9 + 60 * np.arange(clicks.size), unit="s", utc=True)
+    return tp.Log.from_table(events)
+
+
+@pytest.fixture(scope="module")
+def of_whole_log(ordered: tp.Log) -> tp.FittedTwoTower:
+    training = tp.TrainingSettings(batch_size=8, max_epochs=1, history_bonus=False)
+    with eagerly():
+        return tp.TwoTower(dim=4, training=training).fit(ordered)
+
+
+def scores_of(retriever: Any, history: list[int]) -> np.ndarray:
+    """Returns the scores of all items, by id."""
+    (ids,), (scores,) = retriever.retrieve([{"history": history}], NUM_ITEMS)
+    assert sorted(ids.tolist()) == [*range(NUM_ITEMS)]
+    return scores[np.argsort(ids)]
+
+
+@pytest.mark.parametrize("kind", [*KINDS])
+def test_the_graph_of_the_version_in_service_does_not_know_the_test(
+    clicks: np.ndarray,
+    ordered: tp.Log,
+    of_whole_log: tp.FittedTwoTower,
+    kind: str,
+    tmp_path: Path,
+) -> None:
+    """A version of this very log has the test in its graph, and would repeat it."""
+    bonus = HistoryBonus(RepeatBonus(2.0, 0.5, 0.0), NeighbourBonus(kind, 30.0, 0.5))
+    served = dataclasses.replace(of_whole_log.exportable(), bonus=bonus)
+    tp.export(served, tmp_path / "m", index=tp.Exact())
+    split = ordered.split("last_n", validation=1, test=1)
+    version = version_in_service(
+        tmp_path / "m", ordered.listed_ids, log=ordered, before_test=split.before_test
+    )
+    own = tp.load(tmp_path / "m")
+    rows = 1 + clicks[:, ::-1]  # Most recent first.
+    before, whole = (weights_by_hand(part.tolist(), kind) for part in (rows[:, 1:], rows))
+    assert before != whole
+    for line in clicks.tolist():
+        history = line[:-1]
+        dots = scores_of(of_whole_log, history)
+        for retriever, weights in ((version, before), (own, whole)):
+            expected = dots.copy()
+            for item in history:
+                expected[item] = dots[item] + 2.0 * history.count(item) ** 0.5
+            for age, item in enumerate(reversed(history)):
+                for row, weight in weights.get(item + 1, {}).items():
+                    expected[row - 1] += 30.0 * 0.5**age * weight
+            np.testing.assert_allclose(scores_of(retriever, history), expected, rtol=1e-4)
+
+
+def test_a_version_that_only_repeats_is_measured_with_its_bonus(
+    ordered: tp.Log, of_whole_log: tp.FittedTwoTower, tmp_path: Path
+) -> None:
+    repeats = HistoryBonus(RepeatBonus(5.0, 0.5, 0.5))
+    served = dataclasses.replace(of_whole_log.exportable(), bonus=repeats)
+    tp.export(served, tmp_path / "m", index=tp.Exact())
+    split = ordered.split("last_n", validation=1, test=1)
+    for before_test in (None, split.before_test):
+        version = version_in_service(
+            tmp_path / "m", ordered.listed_ids, log=ordered, before_test=before_test
+        )
+        expected = scores_of(of_whole_log, [3, 7, 3])
+        expected[3] += 5.0 * (1 + 3**-0.5) ** 0.5
+        expected[7] += 5.0 * (2**-0.5) ** 0.5
+        np.testing.assert_allclose(scores_of(version, [3, 7, 3]), expected, rtol=1e-4)

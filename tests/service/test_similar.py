@@ -13,10 +13,12 @@ import tensorflow as tf
 
 from tests.exports.saved import saved_model
 from tests.model.conftest import eagerly
+from tests.search.test_item_graph import weights_by_hand
 from tests.service.conftest import NUM_CANDIDATES, Served
-from tests.service.running_server import PREDICT, Running, in_json
+from tests.service.running_server import PREDICT, Running, in_json, send, until
 from tfrs_pipeline import LoadedRetriever, Log, TrainingSettings, TwoTower, export, load
 from tfrs_pipeline.run.refresh import refresh_index
+from tfrs_pipeline.search.item_graph import KINDS
 from tfrs_pipeline.search.queries import padded_ids
 
 pytestmark = pytest.mark.usefixtures("trusted_exports")
@@ -192,3 +194,134 @@ def test_only_the_bias_of_a_found_item_counts(tmp_path: Path) -> None:
         for got, got_scores in answers:
             assert got.tolist() == expected
             np.testing.assert_allclose(got_scores, scores, atol=1e-5)
+
+
+def also_taken_by_hand(served: Served, item: Any) -> dict[Any, float]:
+    """Returns the weights of what came next after an item in the histories, by id."""
+    ids = served.candidate_ids.tolist()
+    weights = weights_by_hand([rows.tolist() for rows in served.clicks], next(iter(KINDS)))
+    near = weights.get(ids.index(item) + 1, {})
+    return {ids[row - 1]: weight for row, weight in near.items()}
+
+
+def filled(ids: Any, scores: Any) -> dict[Any, float]:
+    """Returns the scores of an answer's items; empty slots come last, with the empty id."""
+    pairs = dict(zip(ids, in_json(scores).tolist(), strict=True))
+    num = sum(np.isfinite(score) for score in pairs.values())
+    assert {*list(pairs)[num:]} <= {-1, ""}
+    return dict([*pairs.items()][:num])
+
+
+@pytest.fixture(scope="module")
+def taken(served: Served) -> list[Any]:
+    """Items of a history with several neighbours, and one without any."""
+    in_histories = {row for rows in served.clicks for row in rows.tolist()}
+    never = next(row for row in range(1, NUM_CANDIDATES + 1) if row not in in_histories)
+    items: list[Any] = [*served.known(6)[:3], served.candidate_ids.tolist()[never - 1]]
+    sizes = [len(also_taken_by_hand(served, item)) for item in items]
+    assert min(sizes[:3]) >= 3
+    assert sizes[3] == 0
+    return items
+
+
+@pytest.mark.parametrize("is_filtered", [False, True])
+def test_also_taken_is_the_item_graph_in_python_and_over_http(
+    served: Served, loaded: LoadedRetriever, running: Running, taken: list[Any], is_filtered: bool
+) -> None:
+    ids = served.candidate_ids.tolist()
+    expected = [also_taken_by_hand(served, item) for item in taken]
+    # For each item but the last, one of its neighbours is excluded.
+    exclude = [[*near][:1] for near in expected]
+    allowed = [["a"], ["b"], ["a", "c"], []] if is_filtered else []
+    for line, excluded in enumerate(exclude):
+        for item in excluded:
+            del expected[line][item]
+        if values := {*allowed[line]} if is_filtered else set():
+            genres = dict(zip(ids, served.genres, strict=True))
+            expected[line] = {i: x for i, x in expected[line].items() if values & {*genres[i]}}
+    in_python = loaded.similar(
+        taken, NUM_CANDIDATES, exclude, allowed=allowed or None, kind="also_taken"
+    )
+    name, empty = "also_taken", -1 if served.ids == "int" else ""
+    rectangle = [row or [empty] for row in exclude]
+    inputs: dict[str, Any] = {"item_id": taken, "exclude": rectangle, "k": NUM_CANDIDATES}
+    if is_filtered:
+        name, inputs["allowed"] = f"{name}_filtered", [[*row, ""][:2] for row in allowed]
+        inputs["allowed"][3] = ["", ""]
+    outputs = running.predict(signature_name=name, inputs=inputs)["outputs"]
+    assert set(outputs) == {"candidate_ids", "scores"}
+    over_http = outputs["candidate_ids"], np.array(outputs["scores"], np.float32)
+    for answer in (in_python, over_http):
+        for item, near, *line in zip(taken, expected, *answer, strict=True):
+            answered = filled(*line)
+            assert item not in answered
+            assert answered == pytest.approx(near, rel=1e-5)
+            assert [*answered.values()] == sorted(answered.values(), reverse=True)
+    (two,), (scores,) = loaded.similar(taken[:1], 2, kind="also_taken")
+    best = sorted(also_taken_by_hand(served, taken[0]).values(), reverse=True)[:2]
+    assert [*filled(two, scores).values()] == pytest.approx(best, rel=1e-5)
+
+
+def test_also_taken_refuses_what_is_not_there(
+    served: Served, loaded: LoadedRetriever, running: Running, taken: list[Any], command: Any
+) -> None:
+    unknown = UNKNOWN[served.ids]
+    message = f"Item {unknown!r} is unknown to this model"
+    with pytest.raises(ValueError, match=message):
+        loaded.similar([taken[0], unknown], K, kind="also_taken")
+    with pytest.raises(ValueError, match=r"kind is one of alike, also_taken\. Received: 'near'"):
+        loaded.similar(taken[:1], K, kind="near")
+    inputs = {"item_id": [taken[0], unknown], "exclude": [[], []], "k": K}
+    response = running.post(PREDICT, json={"signature_name": "also_taken", "inputs": inputs})
+    assert response.status_code == 400
+    assert message in response.json()["error"]
+    code, _, err = command(
+        "query", loaded.folder, "--kind", "also_taken", "--similar-to", str(unknown)
+    )
+    assert code != 0
+    assert message in err.replace("\n", " ")
+    # The SavedModel knows no graph.
+    assert not hasattr(saved_model(loaded.folder), "also_taken")
+
+
+def test_the_command_counts_recorded_clicks(served: Served, model: Path, command: Any) -> None:
+    """It prints fewer than k where fewer were taken, and never a removed item."""
+    retriever, (a, b, c) = load(model), served.candidate_ids.tolist()[-3:]
+    before = also_taken_by_hand(served, a)
+    user = 999 if served.ids == "int" else "newcomer"
+    click = {"user_id": user, "type": "click"}
+    retriever.record([{**click, "item_id": item} for item in (a, b)])
+    retriever.record([{**click, "item_id": c}])
+    retriever.remove([c])
+
+    def asked() -> dict[Any, float]:
+        words = ["--similar-to", str(a), "--kind", "also_taken", "-k", 50, "--json"]
+        answer = json.loads(command("query", model, *words).out)
+        return {item["item_id"]: item["score"] for item in answer["items"]}
+
+    answered = asked()
+    assert {*answered} == {*before, b} - {c}
+    (ids,), (scores,) = retriever.similar([a], 50, kind="also_taken")  # Before the next look.
+    assert filled(ids, scores) == pytest.approx({i: x for i, x in before.items() if i != c})
+    retriever.catch_up()
+    (ids,), (scores,) = retriever.similar([a], 50, kind="also_taken")
+    assert filled(ids, scores) == pytest.approx(answered, abs=1e-6)
+
+
+def test_a_server_counts_events_and_leaves_removed_items_out(writable: Running) -> None:
+    a, b, c = [3 + 7 * row for row in (57, 58, 59)]
+
+    def also_taken() -> list[Any]:
+        inputs = {"item_id": [a], "exclude": [[]], "k": 60}
+        outputs = writable.predict(signature_name="also_taken", inputs=inputs)["outputs"]
+        return [*filled(outputs["candidate_ids"][0], np.array(outputs["scores"][0], np.float32))]
+
+    before = also_taken()
+    # The times are in the order of the clicks.
+    for item in (a, b, c):
+        body = {"events": [{"user_id": 999, "item_id": item, "type": "click"}]}
+        assert send(writable, body).status_code == 200
+    until(lambda: {*also_taken()} == {*before, b, c})
+    path = "/v1/models/films/items"
+    assert send(writable, {"item_ids": [c]}, path, "DELETE").status_code == 200
+    assert {*also_taken()} == {*before, b} - {c}

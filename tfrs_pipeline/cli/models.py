@@ -288,6 +288,8 @@ class Query(OfModel):
         allowed = None if self.filter is None else [list(self.filter)]
         if self.similar_to is not None:
             about["similar_to"] = item = retriever.stored.parse_id(self.similar_to)
+            if self.kind == "also_taken":
+                retriever.catch_up()
             ids, scores = retriever.similar([item], k, [exclude], allowed=allowed, kind=self.kind)
         elif self.history is None:
             ids, scores, (is_known_user,) = retriever.retrieve_user(

@@ -27,6 +27,7 @@ from tfrs_pipeline.data.split import in_order, num_in_share
 from tfrs_pipeline.evaluation.interactions import (
     Interactions,
     Sequences,
+    below_one,
     history_columns,
     history_matrix,
 )
@@ -85,8 +86,8 @@ class MostPopular(Baseline):
     """Retrieves the same candidates for everyone: those with the most users in training.
 
     `latest` in (0, 1] is the share of the latest positives, by timestamp, whose users are counted;
-    the users of all positives break ties. Set it below 1 for logs whose items come and go. A
-    `ValueError` if it is out of range.
+    the users of all positives break ties, and then what else these clicked. Set it below 1 for logs
+    whose items come and go. A `ValueError` if it is out of range.
 
     Example:
         >>> import pyarrow as pa
@@ -110,12 +111,12 @@ class MostPopular(Baseline):
         A `ValueError` if `latest` is below 1 without timestamps; interactions have none.
         """
         whole = Interactions.of(train)
-        items, counts = whole.items, whole.counts
+        items, counts = whole.items, whole.popularity
         if self.latest < 1:
             if isinstance(train, Interactions):
                 raise ValueError("latest needs times, which interactions lack: fit it to a log.")
             latest = Interactions.of(train, _latest(train.positives(), self.latest))
-            counts = latest.counts + _below_one(counts)
+            counts = latest.counts + below_one(counts)
         return FittedPopularity(items, counts)
 
 
@@ -164,7 +165,7 @@ class Repeats(Baseline):
     def fit(self, train: Log | Interactions) -> ScoreRetriever:
         """Counts the users of each candidate of a log, or of interactions."""
         train = Interactions.of(train)
-        popular = _below_one(train.counts)
+        popular = below_one(train.popularity)
 
         def score(queries: Sequence[Query]) -> np.ndarray:
             scores = np.tile(popular, (len(queries), 1))
@@ -192,7 +193,7 @@ class Transitions(Baseline):
     user's training positives, n_i their sum, p_j the item's share of the distinct pairs of user and
     item, and m the prior's size. Positives of one request do not follow each other; all follow the
     positives before the request. The same holds for positives at one time, if the log's rule for
-    ties is "drop".
+    ties is "drop". Of equal scores, the more popular item comes first.
 
     The `prior` is m, above 0: an item with 1% of the pairs counts as m / 100 transitions. The
     `window` is how many of the next positives count as coming next, 1 or more: the first as 1, each
@@ -219,8 +220,10 @@ class Transitions(Baseline):
             train = Sequences.from_log(train)
         items, rows = train.items, train.item_rows
         # The prior: popular items are likely to come next after anything.
-        popular = Interactions.from_rows(items, train.users, rows).counts
-        popular = self.prior * popular / max(1, popular.sum())
+        clicked = Interactions.from_rows(items, train.users, rows)
+        popular = self.prior * clicked.counts / max(1, clicked.counts.sum())
+        # Of equal scores, the first column wins: the more popular item, whatever its id.
+        order = np.argsort(-clicked.popularity, kind="stable")
         # Row 0, which is empty, is for histories without a known item.
         shape = (1 + len(items), len(items))
         num = scipy.sparse.csr_matrix(shape, dtype=np.float32)
@@ -242,9 +245,9 @@ class Transitions(Baseline):
             )
             total = num_all[last] + _BEFORE * num_all[before] + popular.sum()
             scores = (num[last] + _BEFORE * num[before]).toarray() + popular
-            return scores / np.maximum(total, 1e-12)[:, np.newaxis]
+            return (scores / np.maximum(total, 1e-12)[:, np.newaxis])[:, order]
 
-        return ScoreRetriever(items, score)
+        return ScoreRetriever(Ids(items.values[order]), score)
 
 
 # Most pairs of items that `ItemKnn` counts at a time, which bounds memory, and in all, which bounds
@@ -266,7 +269,7 @@ class ItemKnn(Baseline):
     n_ij the users of both items, n_i those of one. A user of n items counts 1 / sqrt(n), because
     who has clicked much says less about each pair. With alpha of .5 this is the cosine of two items
     if nothing is shrunk; above, popular items of the history count less, and popular candidates are
-    found more often. With `bm25`, instead,
+    found more often. With `bm25`, instead, whatever alpha and the shrinkage are,
 
         s_ij = sum over the users u of both of idf_u^2 b_i b_j, where idf_u = ln(N / (1 + n_u)) with
         n_u items of N, and b_i = 101 / (1 + 100 (.2 + .8 n_i / mean n)).
@@ -331,6 +334,7 @@ class ItemKnn(Baseline):
             weighted.data = np.repeat(idf**2, lengths).astype(np.float32)
             share = train.counts / max(train.counts.mean(), 1e-12)
             history_scale = candidate_scale = (1 + 100 * (0.2 + 0.8 * share)) / 101
+        shrinkage = 0.0 if self.bm25 else self.shrinkage
         num_kept = max(1, min(self.num_neighbors, _MAX_NEIGHBORS // max(1, num_items)))
         users_by_item = clicked.T.tocsr()
         parts = [(np.empty(0, np.float32), np.empty(0, np.int32), np.empty(0, np.int32))]
@@ -338,7 +342,7 @@ class ItemKnn(Baseline):
             shared = users_by_item[start:stop] @ weighted  # n_ij: [stop - start, num_items].
             shared.sort_indices()  # So that the smaller row wins a tie.
             candidates = np.repeat(np.arange(start, stop, dtype=np.int32), np.diff(shared.indptr))
-            scale = candidate_scale[candidates] * history_scale[shared.indices] + self.shrinkage
+            scale = candidate_scale[candidates] * history_scale[shared.indices] + shrinkage
             similarity = (shared.data / scale).astype(np.float32)
             is_kept = np.full(len(similarity), True)
             if not self.own_items:
@@ -354,7 +358,7 @@ class ItemKnn(Baseline):
         # Row i has s_ij of every candidate j that keeps i.
         similar = scipy.sparse.csr_matrix((values, (neighbors, candidates)), shape)
         # Candidates without a neighbor in the history follow those with one.
-        popular = (_below_one(train.counts) - 1).astype(np.float32)
+        popular = (below_one(train.popularity) - 1).astype(np.float32)
 
         def score(queries: Sequence[Query]) -> np.ndarray:
             histories = history_columns(queries, train.items)
@@ -465,7 +469,12 @@ class Ials(Baseline):
                 random_state=self.seed,
                 num_threads=self.num_threads,
             )
-            model.fit(train.matrix, show_progress=False)
+            # It draws a start for each row, so the order of rows may not depend on names.
+            users, items = map(np.argsort, train.rarity)
+            matrix = train.matrix[users][:, items]
+            matrix.sort_indices()
+            model.fit(matrix, show_progress=False)
+        model.item_factors = model.item_factors[np.argsort(items)]
         return model
 
 
@@ -509,7 +518,7 @@ def _by_product(
         histories = history_matrix(queries, train.items)
         scores = score(histories)
         # Their own scores are all equal, and would rank items by their ids.
-        scores[histories @ (train.counts > 0) == 0] = train.counts
+        scores[histories @ (train.counts > 0) == 0] = train.popularity
         return scores
 
     return ScoreRetriever(train.items, or_popular)
@@ -548,11 +557,6 @@ def _blocks(work: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
         stop = max(start + 1, int(np.searchsorted(ends, done + most, "right")))
         yield start, stop
         start = stop
-
-
-def _below_one(counts: np.ndarray) -> np.ndarray:
-    """Scales counts so that they break the ties of other counts: float64 in [0, 1)."""
-    return counts / (1.0 + counts.max(initial=0))
 
 
 def _ease_weights(interactions: scipy.sparse.csr_matrix, l2: float) -> np.ndarray:

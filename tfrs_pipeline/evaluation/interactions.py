@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import ibis
 import numpy as np
@@ -54,6 +55,22 @@ class Interactions:
         """[num_items] int64 number of users of each item."""
         return np.bincount(self.matrix.indices, minlength=len(self.items))
 
+    @cached_property
+    def popularity(self) -> np.ndarray:
+        """[num_items] float64 number of users of each item, and what breaks ties of these."""
+        return self.counts + below_one(self.rarity[1])
+
+    @cached_property
+    def rarity(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of users, and of items, [num_items] float64, that tell nearly all of them apart.
+
+        They follow from who clicked what alone. So they break ties without regard to names, which
+        the order of rows depends on.
+        """
+        counts = np.sqrt(self.counts)
+        of_users = self.matrix.astype(float) @ counts
+        return of_users, self.matrix.T.astype(float) @ np.sqrt(of_users)
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -98,6 +115,11 @@ class Sequences:
         position = np.maximum.accumulate(np.where(self.is_new_moment, position, 0))
         position = np.maximum(position - num, -1)
         return np.where((position >= 0) & (self.users[position] == self.users), position, -1)
+
+
+def below_one(counts: np.ndarray) -> np.ndarray:
+    """Scales counts so that they break the ties of other counts: float64 in [0, 1)."""
+    return counts / (1.0 + counts.max(initial=0))
 
 
 def items_of(log: Log) -> Ids:

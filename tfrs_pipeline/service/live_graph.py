@@ -17,8 +17,9 @@ _USERS_PER_READ = 1000
 class LiveGraph(ItemGraph):
     """What people took near each item until now, for items that the training had.
 
-    A click counts from the next `catch_up` on. Deleting a user's events does not take theirs back
-    before the version is loaded again.
+    A click counts from the next `catch_up` on. Two things wait until the version is loaded again:
+    the clicks of a deleted user are taken back, and a click that arrived after a later one of its
+    user counts before that one. A graph of live clicks keeps all neighbours.
     """
 
     def __init__(self, graph: ItemGraph, users: Users, items: Ids) -> None:
@@ -39,15 +40,19 @@ class LiveGraph(ItemGraph):
         if self._users.journal is None or begun < self._next_look:
             return
         clicks, arrival = self._users.journal.clicks_after(self._users.until, self._arrival)
-        ids = list(clicks)
+        # A model of this name may have had user ids of the other type.
+        are_text = self._users.are_text
+        ids = [user_id for user_id in clicks if isinstance(user_id, str) == are_text]
         for start in range(0, len(ids), _USERS_PER_READ):
             users = ids[start : start + _USERS_PER_READ]
             near: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
             for user_id, user in zip(users, self._users.now(users), strict=True):
                 rows = self._items.rows(user.history).tolist()
                 seconds = np.nan_to_num(user.times).astype(int).tolist()
-                for place, key in enumerate(zip(user.history, seconds, strict=True)):
-                    if key in clicks[user_id]:
+                keys, new = [*zip(user.history, seconds, strict=True)], clicks[user_id]
+                for place in reversed(range(len(keys))):  # Of equal keys, the last ones are new.
+                    if new[keys[place]]:
+                        new[keys[place]] -= 1
                         self._count(rows, place, near)
             for row, counts in near.items():
                 self._move(row, counts)

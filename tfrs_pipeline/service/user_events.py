@@ -16,6 +16,7 @@ import sqlite3
 import string
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import datetime
@@ -311,25 +312,30 @@ class Journal(Database):
             pass
         return self._watch.unreadable if self._watch else ""
 
-    def clicks_after(self, time_: int, arrival: int) -> tuple[dict[Any, set[tuple[Any, int]]], int]:
+    def clicks_after(
+        self, time_: int, arrival: int
+    ) -> tuple[dict[Any, Counter[tuple[Any, int]]], int]:
         """Reads the clicks later than a time in milliseconds that came after another arrival.
 
-        Returns the item and the seconds since 1970 of each, by user, and the newest arrival. Takes
-        time in proportion to all events.
+        Returns how many there are of each item and second since 1970, by user, and the newest
+        arrival; none, and the same arrival, if they cannot be read. Takes time in proportion to all
+        events.
         """
         query = (
             "SELECT user_id, item_id, time, arrival FROM events "
             f"WHERE type = '{Stage.CLICKED.value}' AND time > ? AND arrival > ?"
         )
-        clicks: dict[Any, set[tuple[Any, int]]] = {}
-        with contextlib.suppress(Damaged, StorageError), self._opened() as connection:
-            if connection is not None:
-                for user_id, item_id, milliseconds, arrived in connection.execute(
-                    query, (time_, arrival)
-                ):
-                    clicks.setdefault(user_id, set()).add((item_id, milliseconds // 1000))
-                    arrival = max(arrival, arrived)
-        return clicks, arrival
+        clicks: dict[Any, Counter[tuple[Any, int]]] = {}
+        newest = arrival
+        try:
+            with self._opened() as connection:
+                rows = connection.execute(query, (time_, arrival)) if connection else ()
+                for user_id, item_id, milliseconds, arrived in rows:
+                    clicks.setdefault(user_id, Counter())[item_id, milliseconds // 1000] += 1
+                    newest = max(newest, arrived)
+        except (Damaged, StorageError):  # Later, all are read.
+            return {}, arrival
+        return clicks, newest
 
     def user_ids(self) -> list[Any]:
         """Reads the ids of all users who did something, ascending; integers come before text."""

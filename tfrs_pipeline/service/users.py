@@ -57,6 +57,11 @@ class Users:
         self.until = round(1000 * datetime.fromisoformat(until).timestamp())
 
     @property
+    def are_text(self) -> bool:
+        """Whether user ids are texts; else they are integers."""
+        return self._stored.users.are_text
+
+    @property
     def has_left_out(self) -> bool:
         """Whether the version itself holds items that answers to some user leave out."""
         return self._rule != "none" or self._stored.has_dislikes

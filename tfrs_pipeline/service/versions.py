@@ -62,6 +62,7 @@ class ServedVersion:
         self.number = int(folder.name)
         self.num_uses = 0
         self.retriever = load(folder)
+        self.retriever.graph.catch_up()  # Counts all clicks: no write has to wait for that.
         # The page needs the titles. They are read now, because the folder may be deleted later.
         self.titles: dict[Any, str | None] = {}
         if settings.page:
