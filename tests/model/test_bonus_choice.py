@@ -113,8 +113,8 @@ def gain_of(bonus: HistoryBonus, vectors: Vectors, holdout: Holdout, exclude: An
     measured = evaluate(models, holdout, exclude=exclude, metrics=[metric_of("ndcg@10")])
     means = [np.mean(result.per_query["ndcg@10"]) for result in measured.results.values()]
     gains = np.diff(means)
-    for part, gain, note in zip([*models][1:], gains, bonus.notes, strict=True):
-        assert note.startswith(f"{part}, chosen on validation: ndcg@10 {gain:+.4f}")
+    for name, gain, note in zip([*models][1:], gains, bonus.notes, strict=True):
+        assert note.startswith(f"{name}, chosen on validation: ndcg@10 {gain:+.4f}")
     return float(means[-1] - means[0])
 
 

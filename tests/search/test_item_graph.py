@@ -80,7 +80,8 @@ def test_counts_and_weights_are_those_of_a_loop(
     every_weight = []
     for row in range(NUM_ITEMS + 1):
         rows, numbers = graph.counts_of(row)
-        assert (rows.dtype, numbers.dtype) == (np.int32, np.float32)
+        assert rows.dtype == np.int32
+        assert numbers.dtype == np.float32
         found = dict(zip(rows.tolist(), numbers.tolist(), strict=True))
         assert found == pytest.approx(counts.get(row, {}), rel=1e-5)
         assert graph.totals[row] == pytest.approx(sum(found.values()), rel=1e-5)
@@ -153,7 +154,7 @@ def test_the_bonus_of_neighbours_is_what_a_loop_adds_up(
     neighbours, repeats = NeighbourBonus(kind, 2.5, decay), RepeatBonus(-1.5, 0.5, 0.5)
     graph, weights = graph_of(histories, kind), weights_by_hand(histories, kind)
     rows = np.array(history, np.int32)
-    expected = neighbour_bonuses_by_hand(neighbours, history, weights)
+    expected = dict(neighbour_bonuses_by_hand(neighbours, history, weights))
     for bonus in (HistoryBonus(None, neighbours, graph), HistoryBonus(repeats, neighbours, graph)):
         near, numbers = bonus.of(rows)
         assert numbers.dtype == np.float32

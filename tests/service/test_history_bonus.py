@@ -143,8 +143,10 @@ def test_a_given_history_counts_in_memory_in_the_graph_and_in_service(
     for excluded in (None, exclude):
         expected = by_hand(repeating, bonus, queries, k, excluded)
         # Each part decides: without it, the answers differ.
-        for part in ("repeats", "neighbours"):
-            less = dataclasses.replace(bonus, **{part: None})
+        for less in (
+            dataclasses.replace(bonus, repeats=None),
+            dataclasses.replace(bonus, neighbours=None),
+        ):
             assert expected[0] != by_hand(repeating, less, queries, k, excluded)[0]
         check(bonus.added_to(repeating.in_memory).retrieve(queries, k, excluded), expected)
         check(loaded.retrieve(queries, k, excluded), expected)

@@ -108,10 +108,19 @@ def test_a_version_without_users_knows_nobody(tmp_path: Path) -> None:
     for ids in (np.zeros(0, np.int64), np.zeros(0, object)):
         named = dict.fromkeys(("histories", "known", "disliked"), nothing)
         items, times = np.array([7]), np.zeros(0)
-        Stored.write(tmp_path, user_ids=ids, item_ids=items, lists=named, times=times, columns={})
+        graph = ItemGraph.build(nothing, 1, "what came next")
+        Stored.write(
+            tmp_path,
+            user_ids=ids,
+            item_ids=items,
+            lists=named,
+            times=times,
+            columns={},
+            graph=graph,
+        )
         are_text = ids.dtype == object
         manifest: dict[str, Any] = {"users_are_text": are_text, "items_are_text": False}
-        manifest |= {"reads_times": True, "user_features": []}
+        manifest |= {"reads_times": True, "user_features": [], "graph": graph.kind}
         stored = Stored(tmp_path, {"stored": manifest})
         assert stored.users.values() == []
         assert stored.user_rows(["x"] if are_text else [30]) == [0]
