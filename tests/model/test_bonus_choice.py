@@ -66,6 +66,18 @@ def log_of(kind: str) -> Log:
     return Log.from_table(pa.table({"user_id": users, "item_id": items}))
 
 
+Vectors = tuple[Any, np.ndarray, np.ndarray]
+
+
+def vectors_of(holdout: Holdout) -> Vectors:
+    """Draws vectors of items and queries, without regard to the log."""
+    rng = np.random.default_rng(6)
+    items = rng.normal(size=(NUM_ITEMS, DIM)).astype(np.float32)
+    queries = rng.normal(size=(NUM_USERS, DIM)).astype(np.float32)
+    # In another order than the holdout's, so that a mix-up of rows shows.
+    return holdout.candidate_ids[::-1], items, queries
+
+
 @pytest.mark.parametrize(
     ("kind", "forgettings"),
     [("favourites", {0.0, 0.5}), ("latest", {1.5}), ("chance", set()), ("never", set())],
@@ -74,12 +86,7 @@ def test_validation_chooses_a_bonus_where_items_come_again(
     kind: str, forgettings: set[float]
 ) -> None:
     split = log_of(kind).split("last_n", validation=2, test=2)
-    rng = np.random.default_rng(6)
-    items = rng.normal(size=(NUM_ITEMS, DIM)).astype(np.float32)
-    queries = rng.normal(size=(NUM_USERS, DIM)).astype(np.float32)
-    # In another order than the holdout's, so that a mix-up of rows shows.
-    ids = split.validation.candidate_ids[::-1]
-    vectors = ids, items, queries
+    vectors = vectors_of(split.validation)
     metric: Any = metric_of("ndcg@10")
     chosen = choose_bonus(*vectors, split.validation, metric, exclude="none", graphs={})
     if not forgettings:
@@ -92,9 +99,6 @@ def test_validation_chooses_a_bonus_where_items_come_again(
     assert chosen.repeats.power == 0.5
     assert chosen.repeats.forgetting in forgettings
     assert gain_of(chosen, vectors, split.validation, "none") > 0.2
-
-
-Vectors = tuple[Any, np.ndarray, np.ndarray]
 
 
 def gain_of(bonus: HistoryBonus, vectors: Vectors, holdout: Holdout, exclude: Any) -> float:
@@ -141,13 +145,9 @@ def test_validation_chooses_neighbours_where_one_item_follows_another(
     share: float, exclude: Any
 ) -> None:
     split = following(share).split("last_n", validation=2, test=2)
-    rng = np.random.default_rng(6)
-    items = rng.normal(size=(NUM_ITEMS, DIM)).astype(np.float32)
-    queries = rng.normal(size=(NUM_USERS, DIM)).astype(np.float32)
-    # In another order than the holdout's, so that a mix-up of rows shows.
-    ids = split.validation.candidate_ids[::-1]
+    vectors, metric = vectors_of(split.validation), metric_of("ndcg@10")
+    ids = vectors[0]
     graphs = {kind: item_graph(split.train, np.arange(NUM_USERS), ids, kind) for kind in KINDS}
-    vectors, metric = (ids, items, queries), metric_of("ndcg@10")
     chosen = choose_bonus(*vectors, split.validation, metric, exclude=exclude, graphs=graphs)
     if not share:
         assert chosen is None

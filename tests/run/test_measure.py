@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.small_log import event_table, small_config, write
-from tfrs_pipeline import MostPopular
+from tfrs_pipeline import Log, MostPopular, Transitions, evaluate
 from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.messages import StepReport
@@ -131,3 +133,22 @@ def test_ctrl_c_stops_the_run_and_is_no_failure(
             measured(tmp_path, {"slow": [Raises(error)]}, monkeypatch)
         found, _ = measured(tmp_path, {"slow": [MostPopular()]}, monkeypatch)
         assert not found.not_measured
+
+
+def test_a_run_says_how_far_counting_alone_gets() -> None:
+    """After an item a comes its b: counts know it, and popularity, which asks nobody, does not."""
+    users = np.repeat(np.arange(40), 4)
+    items = [f"{x}{m % 10}" for n in range(40) for m in (n, n + 3) for x in "ab"]
+    log = Log.from_table(pa.table({"user_id": users, "item_id": items}))
+    split = log.split("last_n", min_positives=4)
+    fitted = {"two_tower": MostPopular(), "transitions": Transitions()}
+    models = {name: baseline.fit(split.train) for name, baseline in fitted.items()}
+    evaluation = evaluate(models, split.test, cutoffs=(1, 5))
+    model, alone = (
+        result.overall.intervals["recall@1"].mean for result in evaluation.results.values()
+    )
+    assert model < 0.5
+    assert alone == 1.0
+    (line,) = measure.about_counting(evaluation)
+    assert f"finds 100.0% of a query's items among its first 1, the model {model:.1%}" in line
+    assert not [*measure.about_counting(evaluate(models["two_tower"], split.test))]

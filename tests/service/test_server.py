@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import tensorflow as tf
 from google.protobuf import json_format
 
 from tests.exports.saved import ask_saved_model, saved_model
@@ -106,21 +105,19 @@ def test_lists_of_any_length_for_many_queries(served: Served, running: Running) 
         assert known == set(served.known(row + 1)) == set(alone["known_items"][0]) - {-1, ""}
 
 
-def inputs_of(signatures: Any) -> dict[tuple[str, str], tuple[str, int]]:
-    """Returns type and rank of each input."""
+def kinds_of(signatures: Any) -> dict[tuple[str, str, str], tuple[int, int]]:
+    """Returns type and rank of each input and output."""
     return {
-        (name, key): (tf.as_dtype(tensor.dtype).name, len(tensor.tensor_shape.dim))
+        (name, side, key): (tensor.dtype, len(tensor.tensor_shape.dim))
         for name, signature in signatures.items()
-        for key, tensor in signature.inputs.items()
-        if not name.startswith("__")
+        for side in ("inputs", "outputs")
+        for key, tensor in getattr(signature, side).items()
     }
 
 
-def test_tensorflow_servings_own_messages(
-    loaded: LoadedRetriever, running: Running, folder: Path
-) -> None:
+def test_tensorflow_servings_own_messages(served: Served, running: Running, folder: Path) -> None:
     from tensorflow.core.protobuf import saved_model_pb2
-    from tensorflow_serving.apis import get_model_status_pb2
+    from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_pb2
 
     answer = get_model_status_pb2.GetModelStatusResponse()
     status = json_format.ParseDict(running.get("/v1/models/films").json(), answer)
@@ -128,22 +125,26 @@ def test_tensorflow_servings_own_messages(
     assert (version.version, version.state) == (1, version.AVAILABLE)
     of_version = running.get("/v1/models/films/versions/1").json()
     assert of_version == running.get("/v1/models/films").json()
-    # A stock server takes the same requests but those with a filter, and so does one with ScaNN.
-    taken = {
-        (name, key): (spec.dtype, len(spec.shape))
-        for name, inputs in loaded.signatures.items()
-        for key, spec in inputs.items()
-        if "filtered" not in name and name != "also_taken"
-    }
+    metadata = running.get("/v1/models/films/versions/1/metadata").json()
+    spec = json_format.ParseDict(metadata["model_spec"], model_pb2.ModelSpec())
+    assert (spec.name, spec.version.value) == ("films", 1)
+    defined, known = metadata["metadata"]["signature_def"], get_model_metadata_pb2.SignatureDefMap()
+    signatures = json_format.ParseDict(defined, known).signature_def
     saved = saved_model_pb2.SavedModel()
+    also_taken, similar = signatures.pop("also_taken"), signatures["similar"]
+    assert kinds_of({"": also_taken}) == kinds_of({"": similar})
+    # A stock server takes the same requests but these and those with a filter, and so does one with
+    # ScaNN.
+    filtered = {name: signatures.pop(name) for name in list(signatures) if "filtered" in name}
+    assert {len(signature.inputs) for signature in filtered.values()} == {4, 5, 6}
+    assert {signature.inputs["allowed"].dtype for signature in filtered.values()} == {7}  # Text.
     for source in (folder / "1", folder / "1" / "scann" / "1"):
         if source.exists():
             saved.ParseFromString((source / "saved_model.pb").read_bytes())
-            signatures = saved.meta_graphs[0].signature_def
-            assert inputs_of(signatures) == taken | {
-                ("serving_default", "user_id"): taken["retrieve_user", "user_id"]
-            }
-            assert {"retrieve_with_features", "embed_candidate"} <= set(signatures)
+            assert kinds_of(signatures) == kinds_of(saved.meta_graphs[0].signature_def)
+    expected = saved.meta_graphs[0].signature_def
+    assert {"serving_default", "retrieve_with_features", "embed_candidate"} <= set(signatures)
+    assert kinds_of(signatures) == kinds_of(expected)
 
 
 def test_an_internal_error_reveals_nothing(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:

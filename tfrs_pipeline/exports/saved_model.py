@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import json
 import os
 import pickle
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import tensorflow as tf
+from google.protobuf import json_format
+from tensorflow.core.protobuf import saved_model_pb2
 
 from tfrs_pipeline.exports.encoder import EMBEDDINGS, Encoder
 from tfrs_pipeline.exports.graph_index import (
@@ -172,6 +175,16 @@ def save_graphs(
                 raise
             # TensorFlow names a file of its own, which is gone by now.
             raise OSError(errno.ENOSPC, text) from error
+    saved = saved_model_pb2.SavedModel()
+    saved.ParseFromString((folder / "saved_model.pb").read_bytes())
+    options = {"preserving_proto_field_name": True, "always_print_fields_with_no_presence": True}
+    signatures = {
+        name: json_format.MessageToDict(signature, **options)
+        for name, signature in saved.meta_graphs[0].signature_def.items()
+    }
+    path = folder / publish.SIGNATURES_FILE
+    path.unlink(missing_ok=True)  # A refresh has a link to the file of the version before.
+    path.write_text(json.dumps(signatures))
     return modules
 
 

@@ -172,12 +172,12 @@ def measure(
             num_queries, num_relevant = len(first.user_ids), first.overall.num_relevant
             queries = f"{ASKED[question.asked_by]}: {counted(num_queries, 'query')}"
             lines += [f"{queries}, {num_relevant:,} items to find", *first.describe()]
-            lines += _about_counting(question)
+            lines += about_counting(question)
     run.note(*dict.fromkeys(lines))  # Both questions may have the same remarks.
     return evaluation
 
 
-def _about_counting(evaluation: Evaluation) -> Iterator[str]:
+def about_counting(evaluation: Evaluation) -> Iterator[str]:
     """Says how far counting alone gets: a log that it solves needs no model."""
     recall = f"recall@{evaluation.cutoffs[0]}"
     counted_only = evaluation.results.get("transitions")

@@ -4,7 +4,7 @@ This is the one module that decides it for service: for the exported graph (`exp
 for events (`service/users.py`), and for answers by a history that the query brings
 (`LoadedRetriever.left_out`, which `recommend` and the command `query` call). The rule is the
 `evaluation.exclude` of the training, so that answers by user id leave out what the rankings of the
-test left out (`Holdout.excluded`). `Activity` also takes disliked items out of histories.
+test left out (`Holdout.excluded`). `Users` also takes disliked items out of histories.
 """
 
 from collections.abc import Collection, Iterable, Mapping

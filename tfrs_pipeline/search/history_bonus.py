@@ -96,22 +96,18 @@ class NeighbourBonus:
         return f"{self.kind} scores {self.weight:+.3g} * its weight in the item graph{decay}"
 
     def of(self, history: np.ndarray, graph: ItemGraph) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the neighbours of a history, most recent first, and their bonuses.
+        """Returns the neighbours of a history's latest known items, and their bonuses.
 
-        Returns distinct rows, [any] int32, ascending; and their bonuses, [any] float32.
+        `history` is [n] candidate rows, most recent first; unknown items, 0, are left out. Returns
+        distinct rows, [any] int32, ascending; and their bonuses, [any] float32.
         """
-        rows, weights = self.terms(history, graph)
-        distinct, slots = np.unique(rows, return_inverse=True)
-        bonuses = self.weight * np.bincount(slots, weights, len(distinct))
-        return distinct, bonuses.astype(np.float32)
-
-    def terms(self, history: np.ndarray, graph: ItemGraph) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the neighbours item by item, [any] int32, and decay^age w_ij, [any]."""
         latest = history[history > 0][:NUM_LATEST].tolist()
         parts = [graph.of(row) for row in latest]
         rows = np.concatenate([np.zeros(0, np.int32), *(part[0] for part in parts)])
         faded = (self.decay**age * part[1] for age, part in enumerate(parts))
-        return rows, np.concatenate([np.zeros(0), *faded])
+        distinct, slots = np.unique(rows, return_inverse=True)
+        sums = np.bincount(slots, np.concatenate([np.zeros(0), *faded]), len(distinct))
+        return distinct, (self.weight * sums).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)

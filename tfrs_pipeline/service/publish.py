@@ -29,6 +29,8 @@ INDEX_FOLDER, SCANN_FOLDER = Path("index"), Path("scann") / "1"
 # What a service without TensorFlow reads: towers, vectors and users, which are mapped.
 SERVICE_FOLDER, VECTORS, FILTER_CODES = Path("service"), "vectors", "filter_codes"
 SAVED_MODEL_FILE = "saved_model.pb"
+# The signatures of the SavedModel, as TensorFlow Serving's metadata have them.
+SIGNATURES_FILE = SERVICE_FOLDER / "signatures.json"
 # Files and folders of the SavedModels, which nothing else here reads.
 SAVED_MODEL_PARTS = SAVED_MODEL_FILE, "fingerprint.pb", "variables", "assets", "scann"
 # The layout of a version. A version of another format is refused, with this number in the error.

@@ -77,6 +77,7 @@ def recommend(
     """
     path = parquet_destination(path)
     check_integer(1, k=k)
+    model.graph.catch_up()  # As a server's, these answers follow what others have clicked.
     table = pa.table({"user_id": known_users(model)}) if users is None else _read(model, users)
     parts = path.with_name(f"{path.name}.parts")
     record = parts / "parts.json"  # Says which request the parts answer.

@@ -219,6 +219,14 @@ class ModelServer:
             num_deleted = await asyncio.wrap_future(self.recorder.forget(user_id))
         return JSONResponse({"num_deleted": num_deleted})
 
+    async def model_metadata(self, request: Request) -> Response:
+        """Says which signatures a version answers, as TensorFlow Serving does."""
+        with self.versions.use(self.number(request)) as version:
+            name, number = self.versions.name, str(version.number)
+            spec = {"name": name, "signature_name": "", "version": number}
+            signatures = {"signature_def": {"signature_def": version.signature_def}}
+            return JSONResponse({"model_spec": spec, "metadata": signatures})
+
     async def model_status(self, request: Request) -> Response:
         """Says in which state each version is."""
         number = self.number(request)
@@ -271,7 +279,8 @@ class ModelServer:
             # For every method, and first: the last route would take ":predict" for a part of the
             # name.
             predict = Route(f"{address}:predict", self.predict, methods=list(http.HTTPMethod))
-            routes += [predict, Route(address, self.model_status)]
+            metadata = Route(f"{address}/metadata", self.model_metadata)
+            routes += [predict, metadata, Route(address, self.model_status)]
         if self.settings.page:
             routes += [
                 Route("/", index_page),

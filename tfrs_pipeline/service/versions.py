@@ -1,8 +1,10 @@
 """Serves the newest version of a model on disk, and switches without dropping a request."""
 
 import contextlib
+import copy
 import ctypes
 import gc
+import json
 import logging
 import os
 import threading
@@ -19,6 +21,7 @@ from tfrs_pipeline.search.candidates import UnknownItem
 from tfrs_pipeline.service.database import Replaced
 from tfrs_pipeline.service.publish import (
     MANIFEST_FILE,
+    SIGNATURES_FILE,
     no_model_at,
     versions_of,
 )
@@ -26,7 +29,13 @@ from tfrs_pipeline.service.request_metrics import BUCKETS_SECONDS
 from tfrs_pipeline.service.rest import SignatureInputs, bad_request
 from tfrs_pipeline.service.retriever import load
 from tfrs_pipeline.service.settings import ServeSettings
-from tfrs_pipeline.service.signatures import DEFAULT_SIGNATURE, completed
+from tfrs_pipeline.service.signatures import (
+    ALSO_TAKEN,
+    DEFAULT_SIGNATURE,
+    FILTERED,
+    SIMILAR,
+    completed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +76,15 @@ class ServedVersion:
         self.titles: dict[Any, str | None] = {}
         if settings.page:
             self.titles = dict.fromkeys(self.retriever.candidate_ids()) | self.retriever.titles()
+        self.signature_def: dict[str, Any] = json.loads((folder / SIGNATURES_FILE).read_text())
+        # A SavedModel has no item graph, which takes and returns what `similar` does, and no
+        # filters: lists of text beside lists of ids to exclude.
+        self.signature_def[ALSO_TAKEN] = self.signature_def[SIMILAR]
+        for name in [name for name in self.retriever.signatures if name.endswith(FILTERED)]:
+            definition = copy.deepcopy(self.signature_def[name.removesuffix(FILTERED)])
+            exclude = definition["inputs"]["exclude"]
+            definition["inputs"]["allowed"] = {**exclude, "dtype": "DT_STRING", "name": ""}
+            self.signature_def[name] = definition
         specs = self.retriever.signatures.copy()
         if "retrieve_user" in specs:
             specs[DEFAULT_SIGNATURE] = {"user_id": specs["retrieve_user"]["user_id"]}
