@@ -47,6 +47,19 @@ def test_the_same_answer_and_another(expected: Any, change: Any, message: str) -
     assert bool(found) == bool(message)
 
 
+def test_the_last_place_may_tie_with_the_next_one() -> None:
+    """An answer of three, where the third and the fourth score alike: only four places show it."""
+    scores = np.array([[0.9, 0.7, 0.5, 0.5]], np.float32)
+    one, other = (
+        {"candidate_ids": np.array([ids]), "scores": scores} for ids in ([5, 3, 8, 2], [5, 3, 2, 8])
+    )
+    assert not difference(one, other, 3)
+    cut = [{name: array[:, :3] for name, array in answer.items()} for answer in (one, other)]
+    assert difference(cut[0], cut[1]) == "1 of 3 candidate ids differ"
+    wrong = {**other, "candidate_ids": np.array([[5, 4, 2, 8]])}
+    assert difference(one, wrong, 3) == "1 of 3 candidate ids differ"
+
+
 def probes_and_answers(folder: Path, **changes: Any) -> Any:
     """Asks a version in this process; `changes` go to the answer of `retrieve`."""
     model = load(folder)

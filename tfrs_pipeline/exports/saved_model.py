@@ -29,7 +29,7 @@ from tfrs_pipeline.model.tf_tables import as_tensors, signature_inputs
 from tfrs_pipeline.search.searcher import Searcher
 from tfrs_pipeline.search.settings import Level
 from tfrs_pipeline.service import publish
-from tfrs_pipeline.service.proof import ExportError, difference
+from tfrs_pipeline.service.proof import PLACES, ExportError, difference
 from tfrs_pipeline.service.signatures import (
     DEFAULT_K,
     DEFAULT_SIGNATURE,
@@ -247,6 +247,6 @@ def answer_graph_probes() -> str | None:
         signatures = tf.saved_model.load(str(Path(folder, part))).signatures
         for name, (inputs, outputs) in answers.items():
             tensors = as_tensors(signature_inputs(signatures[name]), inputs)
-            if problem := difference(outputs, _arrays(signatures[name](**tensors))):
+            if problem := difference(outputs, _arrays(signatures[name](**tensors)), PLACES):
                 problems.append(f"{Path(folder, part)}: {name}: {problem}")
     return "\n".join(problems) or None

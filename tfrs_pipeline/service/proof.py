@@ -17,6 +17,8 @@ from tfrs_pipeline.service.signatures import completed, numpy_type
 
 # A reloaded model may run other kernels, so that scores differ in their last bits.
 SCORE_TOLERANCE = 1e-4
+# Places of an answer whose ids are compared.
+PLACES = 10
 
 Answers: TypeAlias = Mapping[str, Mapping[str, np.ndarray]]
 """The inputs, or the outputs, of each signature."""
@@ -46,7 +48,9 @@ def probes_of(
             known, num_rows = {**items, "item_id": ids}, len(item_ids)
         else:
             known, num_rows = {**arrays, **examples}, len(queries)
-        probes[name] = completed(specs, {**known, "k": np.int32(10)}, num_rows)
+        # One more than are compared, which may tie with the last of them.
+        k = np.int32(PLACES + 1)
+        probes[name] = completed(specs, {**known, "k": k}, num_rows)
     return probes
 
 
@@ -100,13 +104,21 @@ def answer_light_probes() -> str | None:
     problems = []
     for name, (inputs, outputs) in expected.items():
         exact = {"exact": True} if "k" in inputs else {}
-        if problem := difference(outputs, model.engine.answer(name, inputs, **exact)):
+        if problem := difference(outputs, model.engine.answer(name, inputs, **exact), PLACES):
             problems.append(f"{name}: {problem}")
     return "\n".join(problems) or None
 
 
-def difference(expected: Mapping[str, np.ndarray], answer: Mapping[str, np.ndarray]) -> str:
-    """Describes how an answer differs, or returns ""; ids with equal scores may swap places."""
+def difference(
+    expected: Mapping[str, np.ndarray],
+    answer: Mapping[str, np.ndarray],
+    places: int | None = None,
+) -> str:
+    """Describes how an answer differs, or returns ""; ids with equal scores may swap places.
+
+    Ids are compared in the first `places` of an answer, None in all. An id in the last place of an
+    answer may also have swapped with one that just missed it, which only a longer answer shows.
+    """
     shapes, others = (
         {key: array.shape for key, array in arrays.items()} for arrays in (expected, answer)
     )
@@ -128,5 +140,6 @@ def difference(expected: Mapping[str, np.ndarray], answer: Mapping[str, np.ndarr
     # of a score, because both of them may be off.
     is_close = np.pad(np.diff(scores, axis=1) > -2 * SCORE_TOLERANCE, [[0, 0], [1, 1]])
     is_tied = is_close[:, 1:] | is_close[:, :-1]
-    num_other = int((is_other & ~is_tied & np.isfinite(scores)).sum())
-    return f"{num_other} of {scores.size} candidate ids differ" if num_other else ""
+    is_wrong = (is_other & ~is_tied & np.isfinite(scores))[:, :places]
+    num_wrong = int(is_wrong.sum())
+    return f"{num_wrong} of {is_wrong.size} candidate ids differ" if num_wrong else ""
