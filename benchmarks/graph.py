@@ -4,7 +4,7 @@ Reads a finished run whose test follows its training in time, and asks its model
 the test: without a bonus, with the graph of all events before the test, and with a graph that also
 has the clicks of the test up to the hour before. The bonus is the one that validation chose.
 
-    tfrs-pipeline run --split.kind time --run-dir RUN ...
+    tfrs-pipeline run --data.source movielens-100k --split.kind time --run-dir RUN
     python benchmarks/graph.py RUN [--hours 1] [--json FILE]
 """
 
@@ -69,7 +69,7 @@ def main() -> None:
         }
         measured = tp.evaluate(models, part, num_bootstrap=0)
         rows.append(
-            {"start": start, "queries": len(part)}
+            {"start": float(start), "queries": len(part)}
             | {
                 name: result.overall.intervals["ndcg@100"].mean
                 for name, result in measured.results.items()

@@ -79,12 +79,13 @@ class ServedVersion:
         self.signature_def: dict[str, Any] = json.loads((folder / SIGNATURES_FILE).read_text())
         # A SavedModel has no item graph, which takes and returns what `similar` does, and no
         # filters: lists of text beside lists of ids to exclude.
-        self.signature_def[ALSO_TAKEN] = self.signature_def[SIMILAR]
-        for name in [name for name in self.retriever.signatures if name.endswith(FILTERED)]:
-            definition = copy.deepcopy(self.signature_def[name.removesuffix(FILTERED)])
-            exclude = definition["inputs"]["exclude"]
-            definition["inputs"]["allowed"] = {**exclude, "dtype": "DT_STRING", "name": ""}
-            self.signature_def[name] = definition
+        for name in [name for name in self.retriever.signatures if name not in self.signature_def]:
+            base = name.removesuffix(FILTERED)
+            definition = self.signature_def[SIMILAR if base == ALSO_TAKEN else base]
+            definition = self.signature_def[name] = copy.deepcopy(definition)
+            if name != base:
+                exclude = definition["inputs"]["exclude"]
+                definition["inputs"]["allowed"] = {**exclude, "dtype": "DT_STRING", "name": ""}
         specs = self.retriever.signatures.copy()
         if "retrieve_user" in specs:
             specs[DEFAULT_SIGNATURE] = {"user_id": specs["retrieve_user"]["user_id"]}
