@@ -65,6 +65,8 @@ _NAMES = {
     "run.refresh": ("Refreshed", "refresh_index"),
     "run.training": ("trained_in",),
     "samples.store": ("Samples",),
+    "service.audience": ("audience",),
+    "service.explain": ("Explanation", "explain"),
     "service.log_of_service": ("write_log",),
     "exports.export": ("export",),
     "search.settings": ("Auto", "Exact", "Scann"),

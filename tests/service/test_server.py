@@ -6,6 +6,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,7 @@ def test_versions_come_and_go_without_failures(int_folder: Path, tmp_path: Path)
             codes = []
             while not end.is_set():
                 codes.append((await running.client.post(PREDICT, json=GOOD)).status_code)
+                await asyncio.sleep(0)  # As a client would wait for its socket.
             return codes
 
         async def until(**expected: str) -> None:
@@ -246,3 +248,24 @@ def test_versions_come_and_go_without_failures(int_folder: Path, tmp_path: Path)
         assert set(codes) == {200}
         assert running.metric("tfrs_model_version", model="films") == 1
         assert running.post(path.format(1), json=GOOD).status_code == 200
+
+
+def test_pages_of_named_origins_may_ask(int_folder: Path) -> None:
+    shop, other = "https://shop.example", "https://other.example"
+    asks = {"Access-Control-Request-Method": "POST"}
+    asks["Access-Control-Request-Headers"] = "content-type"
+    with Running(int_folder, allowed_origins=(shop,)) as running:
+        asked = partial(running.client.options, PREDICT)
+        answered = running.run(asked(headers={"Origin": shop, **asks}))
+        assert answered.headers["access-control-allow-origin"] == shop
+        response = running.post(PREDICT, json=GOOD, headers={"Origin": shop})
+        assert response.headers["access-control-allow-origin"] == shop
+        refused = running.run(asked(headers={"Origin": other, **asks}))
+        assert "access-control-allow-origin" not in refused.headers
+        # A page may not send the token, so it cannot write.
+        asks["Access-Control-Request-Headers"] = "authorization"
+        assert running.run(asked(headers={"Origin": shop, **asks})).status_code == 400
+    with Running(int_folder) as running:
+        response = running.post(PREDICT, json=GOOD, headers={"Origin": shop})
+        assert response.status_code == 200
+        assert "access-control-allow-origin" not in response.headers

@@ -31,9 +31,11 @@ COMMANDS = {
     "compare": "tfrs_pipeline.cli.runs:Compare",
     "report": "tfrs_pipeline.cli.runs:Report",
     "query": "tfrs_pipeline.cli.models:Query",
+    "explain": "tfrs_pipeline.cli.models:Explain",
     "serve": "tfrs_pipeline.cli.models:Serve",
     "refresh-index": "tfrs_pipeline.cli.models:RefreshIndex",
     "recommend": "tfrs_pipeline.cli.models:Recommend",
+    "audience": "tfrs_pipeline.cli.models:Audience",
     "log": "tfrs_pipeline.cli.models:WriteLog",
     "vectors": "tfrs_pipeline.cli.models:Vectors",
 }

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -116,6 +117,38 @@ class Recommend(OfModel):
         return 0
 
 
+class Audience(OfModel):
+    """Write the users who would want items most into a file.
+
+    Each user of an item is a row of the Parquet file: item_id, user_id, rank, score, by what the
+    users did until now. Users whose answers leave an item out, such as those who clicked it, are
+    not in its audience.
+    """
+
+    items: Path
+    """CSV or Parquet with item_id."""
+    out: ParquetPath
+    """Parquet file to write; an earlier one is replaced once the new one is complete."""
+    k: PositiveInt = 1000
+    """Number of users of each item."""
+
+    def __call__(self) -> int:
+        """Writes the file and says how many rows it has."""
+        from tfrs_pipeline.service.audience import audience
+        from tfrs_pipeline.service.retriever import load
+
+        console = Console()
+        with shown(console) as progress:
+            model = load(self.model)
+            about = audience(model, self.items, self.out, k=self.k, progress=progress)
+        say(
+            console,
+            f"audience  {self.out}: {counted(about['num_rows'], 'row')} for "
+            f"{counted(about['num_items'], 'item')}, of {counted(about['num_users'], 'user')}",
+        )
+        return 0
+
+
 class WriteLog(OfModel):
     """Write what users did and were served as the log of the next training.
 
@@ -177,6 +210,9 @@ class Vectors(OfModel):
             f"vectors  {self.file}: {counted(about['num_items'], 'item')} of version "
             f"{about['version']}, {about['dim']} dimensions, inner product; lengths {lengths}",
         )
+        if aligned := about["aligned"]:
+            near = "mean cosine {mean_cosine:.3f} with version {version} on {num_items:,} items"
+            say(Console(), f"they stay where they were: {near.format(**aligned)}")
         return 0
 
 
@@ -185,7 +221,33 @@ if TYPE_CHECKING:
     from tfrs_pipeline.service.retriever import LoadedRetriever
 
 
-class Query(OfModel):
+class OfQuery(OfModel):
+    """Flags of commands that ask a model as a user or with a history."""
+
+    user: str | None = None
+    """Id of the user, as in the logs."""
+    history: tuple[str, ...] | None = None
+    """Ids of the items that the user liked, oldest first, for a user whom the model does not know,
+    or instead of the history that it stores."""
+    request: dict[str, str] = {}
+    """Values of the model's request features, such as device=ios hour=8; lists and vectors with
+    commas, tags=a,b place=1,2,3. From timestamp, the time of the request, such as
+    2026-01-31T08:00Z, the model computes an hour or weekday, and how long ago the history was."""
+    k: PositiveInt = 10
+    """Number of items in the answer."""
+    exclude: tuple[str, ...] = ()
+    """Ids of more items to exclude."""
+    filter: tuple[str, ...] | None = None
+    """Take only items with one of these values of the model's filter (export.filter_by)."""
+    as_json: bool = Field(False, alias="json")
+    """Print JSON instead of text; its notes are the lines above the answer."""
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        if self.user is None and self.history is None:
+            yield "user", "required, or --history ITEM ... for someone without an id"
+
+
+class Query(OfQuery):
     """Ask an exported model for a user's items, or for items similar to one.
 
     Prints the best items for a user or a history, with ids, titles and scores. Excluded are the
@@ -193,38 +255,19 @@ class Query(OfModel):
     and what the user disliked. An unknown user has an empty history.
     """
 
-    user: str | None = None
-    """Id of the user, as in the logs."""
-    history: tuple[str, ...] | None = None
-    """Ids of the items that the user liked, oldest first, for a user whom the model does not know,
-    or instead of the history that it stores."""
     similar_to: str | None = None
     """Id of an item, in place of a user or a history: prints the items similar to it."""
     kind: Literal["alike", "also_taken"] = "alike"
     """How items are similar: those alike answer the same queries; those also taken stood near it in
     people's histories, until now."""
-    request: dict[str, str] = {}
-    """Values of the model's request features, such as device=ios hour=8; lists and vectors with
-    commas, tags=a,b place=1,2,3. From timestamp, the time of the request, such as
-    2026-01-31T08:00Z, the model computes an hour or weekday, and how long ago the history was."""
-    k: PositiveInt = 10
-    """Number of items to print."""
-    exclude: tuple[str, ...] = ()
-    """Ids of more items to exclude."""
-    filter: tuple[str, ...] | None = None
-    """Print only items with one of these values of the model's filter (export.filter_by)."""
     exact: bool = False
     """Score every item instead of using the index."""
-    as_json: bool = Field(False, alias="json")
-    """Print JSON instead of a table; its notes are the lines above the table."""
 
     def _problems(self) -> Iterator[tuple[str, str]]:
-        if self.similar_to is not None:
-            of_users = ("user", "history", "request")
-            if given := [name for name in of_users if getattr(self, name)]:
-                yield given[0], "given with --similar-to, which asks by an item alone"
-        elif self.user is None and self.history is None:
-            yield "user", "required, or --history ITEM ... for someone without an id"
+        if self.similar_to is None:
+            yield from super()._problems()
+        elif given := [name for name in ("user", "history", "request") if getattr(self, name)]:
+            yield given[0], "given with --similar-to, which asks by an item alone"
 
     def __call__(self) -> int:
         """Queries the model and prints the answer."""
@@ -242,9 +285,7 @@ class Query(OfModel):
             if score > -float("inf")
         ]
         if self.as_json:
-            answer = json.dumps({**about, "notes": notes, "items": items}, ensure_ascii=False)
-            # A title's control characters must not reach a terminal.
-            print("".join(x if x.isprintable() else json.dumps(x)[1:-1] for x in answer))
+            _print_json({**about, "notes": notes, "items": items})
             return 0
         console = Console()
         for note in notes:
@@ -309,6 +350,50 @@ class Query(OfModel):
             about |= {"history": history, "unknown_items": unknown}
             notes += _history_notes(history, unknown)
         return ids[0].tolist(), scores[0].tolist(), about, notes
+
+
+class Explain(OfQuery):
+    """Say why an item is in the answer to a user or a history, or why it is not.
+
+    Prints the reason, the item's rank and score among the items that the answer may hold, how far
+    it is from the last place, and what each item of the history adds to its score. What the command
+    query excludes is excluded here.
+    """
+
+    item: str
+    """Id of the item."""
+
+    def __call__(self) -> int:
+        """Asks the model and prints the explanation."""
+        from tfrs_pipeline.features.encoding import parse_request
+        from tfrs_pipeline.service.explain import explain
+        from tfrs_pipeline.service.retriever import load
+
+        retriever = load(self.model)
+        parse_id, features = retriever.stored.parse_id, retriever.features["request"]
+        request = parse_request(features, self.request)
+        user_id = None if self.user is None else parse_id(self.user, "user")
+        asked: dict[str, Any] = {"user_id": user_id, "request": request}
+        exclude = list(map(parse_id, self.exclude))
+        if self.history is not None:
+            history = list(map(parse_id, self.history))
+            asked = {"query": {"user_id": user_id, "history": history, "request": request}}
+            exclude += retriever.left_out([asked["query"]])[0]
+        asked |= {"k": self.k, "exclude": exclude, "allowed": self.filter or ()}
+        why = explain(retriever, parse_id(self.item), **asked)
+        notes = [*_request_notes(features, self.request, request)]
+        if self.as_json:
+            _print_json({**asdict(why), "notes": notes})
+            return 0
+        for line in [*notes, *str(why).split("\n")]:
+            say(Console(), line)
+        return 0
+
+
+def _print_json(answer: Mapping[str, Any]) -> None:
+    text = json.dumps(answer, ensure_ascii=False)
+    # A title's control characters must not reach a terminal.
+    print("".join(x if x.isprintable() else json.dumps(x)[1:-1] for x in text))
 
 
 def _request_notes(

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.data.schema import LISTED
 from tfrs_pipeline.durable import naming
+from tfrs_pipeline.exports.alignment import align
 from tfrs_pipeline.exports.encoder import Encoder, without_users
 from tfrs_pipeline.exports.saved_model import answers_of, save_graphs
 from tfrs_pipeline.exports.towers import write_towers
@@ -115,16 +116,21 @@ def export_version(
         queries = [{"history": [id_]} for id_ in model.candidate_ids[:NUM_QUERIES].tolist()]
     elif queries is None:
         queries = stored_queries(model)
-    encoder = Encoder(model, user_data=user_data)
-    users = model if user_data else without_users(model)
     # Not called as a tf.function, which warns where many models are embedded one after the other.
     spec = tf.TensorSpec([None], tf.int32)
     embed = tf.function(model.embed_candidates, autograph=False).get_concrete_function(spec)
+    vectors = embed_corpus(embed, len(model.candidate_ids))[rows]
+    ids, has_bias = model.candidate_ids[rows], model.has_item_bias
+    aligned = align(Path(path), ids, vectors, has_item_bias=has_bias)
+    if aligned is not None:
+        vectors, model = vectors @ aligned.rotation, model.turned(aligned.rotation)
     items = Items(
-        table.drop_columns([LISTED] if LISTED in table.column_names else []).take(rows),
-        embed_corpus(embed, len(model.candidate_ids))[rows],
+        table.drop_columns([LISTED] if LISTED in table.column_names else []).take(rows), vectors
     )
+    encoder = Encoder(model, user_data=user_data)
+    users = model if user_data else without_users(model)
     about = {**_about(users), "user_data": user_data}
+    about["aligned"] = None if aligned is None else aligned.report
     about["example_user"] = next((q["user_id"] for q in queries if "user_id" in q), None)
 
     def fill(folder: Path) -> None:

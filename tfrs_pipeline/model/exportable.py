@@ -150,6 +150,16 @@ class Exportable:
         """Returns the model itself, as a fitted model returns its `Exportable`."""
         return self
 
+    def turned(self, rotation: np.ndarray) -> "Exportable":
+        """Returns the model with its space turned by an orthogonal [D, D]: scores stay."""
+        matrix = tf.constant(rotation, tf.float32)
+
+        def turn(embed: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+            return lambda *rows, **inputs: tf.matmul(embed(*rows, **inputs), matrix)
+
+        embeds = {name: turn(getattr(self, name)) for name in ("embed_queries", "embed_candidates")}
+        return replace(self, **embeds)
+
     @cached_property
     def inputs(self) -> QueryInputs:
         """What the query tower reads, and how raw queries become that."""

@@ -265,6 +265,11 @@ def _export_best(
     if num_left := len(samples.test.candidate_ids) - num_listed:
         lacks = f"the item table lacks {counted(num_left, 'item')} of the log"
         run.note(f"{lacks}: they are read in histories but not retrieved")
+    if aligned := manifest["aligned"]:
+        run.note(
+            "vectors are turned onto those of version {version}: mean cosine {mean_cosine:.3f} of "
+            "the {num_items:,} items that both have".format(**aligned)
+        )
     run.note(
         describe_index(manifest["index"], num_listed),
         "a fresh process loaded the export and gave the same answers",

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
@@ -187,6 +187,22 @@ class View:
         return replace(self, **parts)
 
 
+class Standing(NamedTuple):
+    """How a candidate stands among those that an answer may hold, itself included.
+
+    Attributes:
+        rank: From 1.
+        score: With its bonus.
+        last: The k-th best score of the others, -inf if there are fewer: what it has to reach.
+        is_allowed: Whether the filter lets it through.
+    """
+
+    rank: int
+    score: float
+    last: float
+    is_allowed: bool
+
+
 # The index is rebuilt after more changes than this number and than this share of its candidates.
 _LEAST_CHANGES, _LEAST_CHANGED_SHARE = 2_000, 0.3
 _NO_ROWS = np.zeros(0, np.int32)
@@ -302,6 +318,39 @@ class Candidates:
         search.merge(with_bonus)
         return view.ids[search.rows], search.scores
 
+    def standing(
+        self,
+        query: np.ndarray,
+        item_id: Any,
+        k: int,
+        excluded: Collection[Any] = (),
+        allowed: Iterable[Any] = (),
+        bonus: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> Standing:
+        """Scores all candidates for one [D] query, as an exact search does, to see one's standing.
+
+        The other arguments are those of `search` for a query. Raises as `vectors_of`.
+        """
+        view, (row,) = self._view, self._view.rows_now([item_id])
+        self.vectors_of([item_id])
+        scores = np.vecdot(view.vectors[: view.num_rows], query)
+        if bonus is not None:
+            rows, numbers = view.rows_now(bonus[0]), bonus[1][: len(bonus[0])]
+            scores[rows[rows > 0] - 1] += numbers[rows > 0]
+        is_open = ~view.is_removed[1:]
+        is_open[view.rows_of(excluded) - 1] = False
+        is_chosen = None if self.values is None else self.values.choose(allowed)
+        is_allowed = True
+        if is_chosen is not None:
+            has_chosen = _has_chosen(is_chosen, view.codes[1 : view.num_rows + 1])
+            is_open, is_allowed = is_open & has_chosen, bool(has_chosen[row - 1])
+        own, others = scores[row - 1], np.where(is_open, scores, -np.inf)
+        others[row - 1] = -np.inf
+        # The first of equal candidates comes first.
+        rank = 1 + int((others > own).sum() + (others[: row - 1] == own).sum())
+        last = np.partition(others, -k)[-k] if k <= len(others) else -np.inf
+        return Standing(rank, float(own), float(last), is_allowed)
+
     def change(
         self,
         ids: Sequence[Any],
@@ -404,7 +453,9 @@ class _Search:
             # A candidate that the search found too counts with its bonus.
             is_other = ~np.isin(self.rows[line], rows)
             found = self.rows[line] * is_other, np.where(is_other, self.scores[line], -np.inf)
-            self.rows[line], self.scores[line] = merge(*found, rows, scores)
+            # No other is among the best: a bonus that lowers a score took its candidate out before.
+            is_near = scores >= self.scores[line, -1]
+            self.rows[line], self.scores[line] = merge(*found, rows[is_near], scores[is_near])
 
     def approximate(self) -> None:
         """Asks the index at the level that each query needs, and at a wider one if that fails.

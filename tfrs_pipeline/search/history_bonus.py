@@ -101,12 +101,12 @@ class NeighbourBonus:
         `history` is [n] candidate rows, most recent first; unknown items, 0, are left out. Returns
         distinct rows, [any] int32, ascending; and their bonuses, [any] float32.
         """
-        latest = history[history > 0][:NUM_LATEST].tolist()
-        parts = [graph.of(row) for row in latest]
-        rows = np.concatenate([np.zeros(0, np.int32), *(part[0] for part in parts)])
-        faded = (self.decay**age * part[1] for age, part in enumerate(parts))
+        latest = history[history > 0][:NUM_LATEST]
+        rows, weights, lengths = graph.of_each(latest)
+        # Summed in double precision, of single factors.
+        faded = np.repeat((self.decay ** np.arange(len(latest))).astype(np.float32), lengths)
         distinct, slots = np.unique(rows, return_inverse=True)
-        sums = np.bincount(slots, np.concatenate([np.zeros(0), *faded]), len(distinct))
+        sums = np.bincount(slots, faded * weights, len(distinct))
         return distinct, (self.weight * sums).astype(np.float32)
 
 

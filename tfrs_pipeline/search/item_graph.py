@@ -93,9 +93,17 @@ class ItemGraph:
 
     def of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the rows of an item's neighbours, [any] int32, and their weights, float32."""
-        rows, counts = self.counts_of(row)
+        return self.of_each(np.array([row]))[:2]
+
+    def of_each(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Returns what `of` does for [n] items, one after the other, and their n lengths."""
+        parts = [self.counts_of(row) for row in rows.tolist()]
+        lengths = [len(counts) for _, counts in parts]
+        near = np.concatenate([np.zeros(0, np.int32), *(part[0] for part in parts)])
+        counts = np.concatenate([np.zeros(0, np.float32), *(part[1] for part in parts)])
+        of_item = np.repeat(self.totals[rows], lengths)
         alpha = KINDS[self.kind].alpha
-        return rows, weights_of(counts, self.totals[row], self.totals[rows], alpha)
+        return near, weights_of(counts, of_item, self.totals[near], alpha), lengths
 
     def counts_of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the rows of an item's neighbours, [any] int32, and their counts, float32."""

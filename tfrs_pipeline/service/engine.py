@@ -16,6 +16,7 @@ from tfrs_pipeline.search.queries import (
     FEATURE,
     QUERIES_PER_CALL,
     Arrays,
+    History,
     id_array,
     padded,
     padded_ids,
@@ -151,6 +152,23 @@ class Engine:
         else:
             histories = self._parts.inputs.histories(arrays)
             is_known = self._parts.stored.users.rows(arrays["user_id"]) > 0
+        embeddings, with_bonus = self.embed_histories(arrays, histories)
+        if with_bonus is not None:
+            known["with_bonus"] = with_bonus
+        return {
+            "embeddings": embeddings,
+            "is_known_user": is_known,
+            "num_known_items": np.array([len(history.rows) for history in histories], np.int32),
+            **known,
+        }
+
+    def embed_histories(
+        self, arrays: Arrays, histories: Sequence[History]
+    ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]] | None]:
+        """Embeds the queries of raw arrays with histories: [B, D] float32, and their bonuses.
+
+        With a `HistoryBonus`, these are rows of items, and numbers, for each query; else None.
+        """
         blocks = []
         # At least one call: without a query, it still gives the number of dimensions.
         for start in range(0, max(len(histories), 1), QUERIES_PER_CALL):
@@ -159,14 +177,10 @@ class Engine:
             blocks.append(
                 self._parts.query_tower(self._parts.inputs.encode(part, histories[block]))
             )
+        with_bonus = None
         if self._bonus is not None:
-            known["with_bonus"] = [self._bonus.of(history.rows) for history in histories]
-        return {
-            "embeddings": np.concatenate(blocks) if len(blocks) > 1 else blocks[0],
-            "is_known_user": is_known,
-            "num_known_items": np.array([len(history.rows) for history in histories], np.int32),
-            **known,
-        }
+            with_bonus = [self._bonus.of(history.rows) for history in histories]
+        return np.concatenate(blocks) if len(blocks) > 1 else blocks[0], with_bonus
 
     def embed_items(self, item_ids: Sequence[Any], raw: Arrays) -> tuple[np.ndarray, np.ndarray]:
         """Embeds items by the arrays that `raw_columns` makes of their features.

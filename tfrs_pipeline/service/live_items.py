@@ -157,6 +157,7 @@ class LiveItems:
         self._lock = threading.RLock()
         self._seq = 0  # The last row of the store that the candidates hold.
         self.titles: dict[Any, str | None] = {}
+        self._removed: set[Any] = set()
         self._is_busy = threading.Lock()
         self.catch_up()
 
@@ -171,6 +172,10 @@ class LiveItems:
             raise ValueError(f"Item {twice[0]!r} occurs more than once in one write.")
         raw = self._raw(items)
         return Change(items, self._embedded(items, raw), removed, self._notes(items, raw))
+
+    def was_removed(self, item_id: Any) -> bool:
+        """Returns whether an item's last write removed it."""
+        return item_id in self._removed
 
     def write(self, change: Change) -> tuple[int, int]:
         """Writes what `prepare` returned; returns how many items are new, and how many are gone.
@@ -232,6 +237,7 @@ class LiveItems:
         self._candidates.change(ids, vectors, column, removed)
         titles = {item["item_id"]: item.get("title") for item in items}
         self.titles |= {id_: None if title is None else str(title) for id_, title in titles.items()}
+        self._removed = self._removed.difference(ids).union(removed)
         for id_ in removed:
             self.titles.pop(id_, None)
 

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,7 +145,7 @@ def known_users(model: "LoadedRetriever") -> pa.Array:
             "their histories."
         )
     are_text = model.stored.users.are_text
-    type_, _ = _id_types(model)
+    type_, _ = id_types(model)
     trained = pa.array(model.stored.users.values(), type_)
     recorded = [] if model.users.journal is None else model.users.journal.user_ids()
     # An earlier model of this name may have had ids of the other type.
@@ -153,7 +153,7 @@ def known_users(model: "LoadedRetriever") -> pa.Array:
     return pa.concat_arrays([trained, active.filter(pc.invert(pc.is_in(active, trained)))])
 
 
-def _id_types(model: "LoadedRetriever") -> tuple[pa.DataType, pa.DataType]:
+def id_types(model: "LoadedRetriever") -> tuple[pa.DataType, pa.DataType]:
     """Returns the types of the users' ids and of the items'."""
     user_id, item_id = (
         pa.string() if ids.are_text else pa.int64()
@@ -163,7 +163,7 @@ def _id_types(model: "LoadedRetriever") -> tuple[pa.DataType, pa.DataType]:
 
 
 def _schema(model: "LoadedRetriever") -> pa.Schema:
-    user_id, item_id = _id_types(model)
+    user_id, item_id = id_types(model)
     ids = {"user_id": user_id, "item_id": item_id}
     return pa.schema({**ids, "rank": pa.int32(), "score": pa.float32()})
 
@@ -173,35 +173,49 @@ def _read(model: "LoadedRetriever", users: Any) -> pa.Table:
 
     Raises a `DataError` as `recommend` does.
     """
-    require("data", "Reading a file of users")
+    user_id, item_id = id_types(model)
+    separator = Reading(**model.manifest.get("reading", {})).list_separator
+    types = {"user_id": user_id, "history": pa.list_(item_id)}
+    table = read_columns(users, "users", types, separator)
+    if table.num_columns == 1:
+        table = table.group_by(["user_id"], use_threads=False).aggregate([])
+    if pc.count_distinct(table["user_id"]).as_py() < table.num_rows:
+        name = users if isinstance(users, str | Path) else "users"
+        raise DataError(f"{name}: a user comes twice, with a history each. Keep one.")
+    return table
+
+
+def read_columns(
+    source: Any, what: str, types: Mapping[str, pa.DataType], separator: str = "|"
+) -> pa.Table:
+    """Reads columns of ids of a file or a table; only the first has to be there.
+
+    A text in place of a list is split. Raises a `DataError` if there is no such column, or it has
+    an empty id or one of another type.
+    """
+    require("data", f"Reading a file of {what}")
     from tfrs_pipeline.data.engines import connect
     from tfrs_pipeline.data.files import scan
 
-    scanned = scan(connect(), users, "users")
-    remedy = "A row for each user; only user_id and history are read."
-    require_all(scanned.columns, {"user_id": remedy}, Source(scanned.name))
-    names = [name for name in ("user_id", "history") if name in scanned.columns]
+    scanned, (first, *_) = scan(connect(), source, what), types
+    remedy = f"Other columns than {', '.join(types)} are not read."
+    require_all(scanned.columns, {first: remedy}, Source(scanned.name))
+    names = [name for name in types if name in scanned.columns]
     raw = scanned.load({name: name for name in names})
     table = raw.table.order_by("_row").select(names).to_pyarrow()
     if raw.dropped:
         raise DataError(f"{scanned.name}: {raw.dropped[0].reason}. Mend the line.")
-    user_id, item_id = _id_types(model)
-    types = {"user_id": user_id, "history": pa.list_(item_id)}
     for position, name in enumerate(names):
         column = table[name].combine_chunks()
         try:
-            if name == "history" and pa.types.is_string(column.type):
-                separator = Reading(**model.manifest.get("reading", {})).list_separator
+            if pa.types.is_list(types[name]) and pa.types.is_string(column.type):
                 texts = [(text or "").split(separator) for text in column.to_pylist()]
                 column = pa.array([[*filter(None, map(str.strip, text))] for text in texts])
             table = table.set_column(position, name, column.cast(types[name]))
         except pa.ArrowException as error:
             raise DataError(f"{scanned.name}: column {name!r} holds no ids: {error}") from None
-    if num_empty := table["user_id"].null_count:
-        raise DataError(f"{scanned.name}: {num_empty} rows have no user_id. Remove them.")
-    table = table.group_by(names[:1], use_threads=False).aggregate([]) if len(names) == 1 else table
-    if pc.count_distinct(table["user_id"]).as_py() < table.num_rows:
-        raise DataError(f"{scanned.name}: a user comes twice, with a history each. Keep one.")
+    if num_empty := table[first].null_count:
+        raise DataError(f"{scanned.name}: {num_empty} rows have no {first}. Remove them.")
     return table
 
 

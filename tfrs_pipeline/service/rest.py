@@ -12,7 +12,17 @@ from typing import Annotated, Any, NamedTuple, NotRequired
 
 import numpy as np
 import pydantic
-from pydantic import BeforeValidator, FailFast, Field, TypeAdapter, WrapValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+    WrapValidator,
+)
 from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
@@ -239,6 +249,38 @@ def parse_items(body: bytes, key: str) -> list[Any]:
         wanted = f"The body must be {{{key!r}: [...]}}, with one or more."
         raise bad_request(f"{wanted} Received: {_shown(document)}")
     return values
+
+
+class ExplainCall(BaseModel):
+    """The body of an explain call: an item, and the query whose answer it is in or not."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    item_id: StrictInt | StrictStr
+    user_id: StrictInt | StrictStr | None = None
+    history: Annotated[list[StrictInt | StrictStr], FailFast()] = []
+    request: dict[str, Any] = {}
+    exclude: Annotated[list[StrictInt | StrictStr], FailFast()] = []
+    allowed: Annotated[list[StrictStr], FailFast()] = []
+    k: StrictInt = Field(10, ge=1)
+
+
+_EXPLAIN = TypeAdapter(ExplainCall)
+
+
+def parse_explain(body: bytes, limits: ServeSettings) -> ExplainCall:
+    """Reads the body of an explain call, within the limits of a predict call; else a 400."""
+    call = checked(_EXPLAIN, read_json(body))
+    if (call.user_id is None) == ("history" not in call.model_fields_set):
+        raise bad_request("An explain call has 'user_id' or 'history', and not both.")
+    sizes = {"k": (call.k, limits.max_k), "history": (len(call.history), limits.max_history)}
+    sizes |= {
+        name: (len(getattr(call, name)), limits.max_exclude) for name in ("exclude", "allowed")
+    }
+    for name, (size, most) in sizes.items():
+        if size > most:
+            raise bad_request(f"{name}: at most {most}. Received: {size}")
+    return call
 
 
 def request_id(header: str | None) -> str:

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -43,6 +45,7 @@ from tfrs_pipeline.service.counters import (
     WITHOUT_EVENTS,
     count_answers,
 )
+from tfrs_pipeline.service.explain import explain
 from tfrs_pipeline.service.request_metrics import CountRequests
 from tfrs_pipeline.service.settings import Lately, ServeSettings, listening, read_token
 from tfrs_pipeline.service.user_events import Answer, Event, Journal, Recorder, Watch
@@ -133,7 +136,10 @@ class ModelServer:
                 if num <= SMALL_QUERIES and num * call.k <= SMALL_RESULTS:
                     threads = self.threads
             call, threads = await self._excluding_served(version, call, threads)
-            answer, outputs = await _run(threads, _answer, version, call)
+            if threads is self.threads and version.is_quick:
+                answer, outputs = _answer(version, call)
+            else:
+                answer, outputs = await _run(threads, _answer, version, call)
         if "user_id" in call.inputs and "candidate_ids" in outputs:
             self._keep(request_id, version.number, call.inputs["user_id"], outputs["candidate_ids"])
         headers = {"X-Request-ID": request_id, "X-Model-Version": str(version.number)}
@@ -141,6 +147,12 @@ class ModelServer:
             WITHOUT_EVENTS.inc(call.num_queries)
             headers["X-Events"] = "unavailable"
         return Response(answer, media_type="application/json", headers=headers)
+
+    async def explain(self, request: Request) -> Response:
+        """Says why an item is in an answer or not; such calls take turns, as large ones do."""
+        number, body = self.number(request), await read_body(request, self.settings)
+        with self.versions.use(number) as version:
+            return JSONResponse(await _run(self.large, explained, version, body, self.settings))
 
     async def _excluding_served(
         self, version: ServedVersion, call: rest.PredictCall, threads: ThreadPoolExecutor
@@ -280,7 +292,8 @@ class ModelServer:
             # name.
             predict = Route(f"{address}:predict", self.predict, methods=list(http.HTTPMethod))
             metadata = Route(f"{address}/metadata", self.model_metadata)
-            routes += [predict, metadata, Route(address, self.model_status)]
+            explain = Route(f"{address}:explain", self.explain, methods=["POST"])
+            routes += [predict, explain, metadata, Route(address, self.model_status)]
         if self.settings.page:
             routes += [
                 Route("/", index_page),
@@ -312,6 +325,17 @@ def _answer(version: ServedVersion, call: rest.PredictCall) -> tuple[bytes, dict
     outputs = version.call(call.signature, call.inputs)
     count_answers(version.number, call.inputs, outputs)
     return rest.format_outputs(outputs, call.is_row_format), outputs
+
+
+def explained(version: ServedVersion, body: bytes, limits: ServeSettings) -> dict[str, Any]:
+    """Answers an explain call, with the version and the explanation in words."""
+    call = rest.parse_explain(body, limits).model_dump()
+    item_id, user_id, history = (call.pop(name) for name in ("item_id", "user_id", "history"))
+    # A call has one of them.
+    query = {"history": history, "request": call.pop("request")} if user_id is None else None
+    with rest.refusing():
+        why = explain(version.retriever, item_id, user_id=user_id, query=query, **call)
+    return {**asdict(why), "words": str(why).split("\n"), "version": version.number}
 
 
 def write_items(versions: ModelVersions, body: bytes, is_put: bool) -> dict[str, Any]:
@@ -371,6 +395,9 @@ def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None)
             threads.shutdown(wait=False, cancel_futures=True)
         server.recorder.close()
 
+    pages: dict[str, Any] = {"allow_origins": settings.allowed_origins}
+    pages |= {"allow_methods": ["POST"], "allow_headers": ["Content-Type", "X-Request-ID"]}
+    pages["expose_headers"] = ["X-Request-ID", "X-Model-Version"]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     allowed_hosts = (*settings.allowed_hosts, host)
     return Starlette(
@@ -378,6 +405,7 @@ def create_app(server: ModelServer, on_ready: Callable[[], None] = lambda: None)
         middleware=[
             Middleware(CountRequests),
             Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts, www_redirect=False),
+            *([Middleware(CORSMiddleware, **pages)] if settings.allowed_origins else []),
         ],
         exception_handlers={HTTPException: _http_error, Exception: _internal_error},
         lifespan=lifespan,

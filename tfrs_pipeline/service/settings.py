@@ -41,6 +41,9 @@ class ServeSettings(Config):
     allowed_hosts: tuple[HostName, ...] = ("localhost", "127.0.0.1")
     """Names that requests may have in their Host header, besides the address that the server
     listens on; *.example.com allows all names below it, * any. Keeps other web pages out."""
+    allowed_origins: tuple[str, ...] = ()
+    """Web pages that may ask this server from a browser, by origin, such as https://shop.example;
+    * is any. They may not write: no page can hold the token without showing it to its readers."""
     poll_seconds: PositiveFloat = 2.0
     """Seconds between checks for a new version, and for items that other processes have written."""
     token_file: Path | None = None

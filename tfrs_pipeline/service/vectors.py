@@ -32,8 +32,10 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
     Returns:
         The file's metadata, which its Parquet schema holds as text: `model`, `version`, `dim`,
         `num_items`, `metric` ("inner_product"), `has_item_bias` (whether the last entry of a vector
-        is the item's bias, which a query multiplies by 1), `min_norm`, `max_norm`, and
-        `unit_length`: whether all have length 1, so that cosine similarity ranks items alike.
+        is the item's bias, which a query multiplies by 1), `min_norm`, `max_norm`,
+        `unit_length`: whether all have length 1, so that cosine similarity ranks items alike; and
+        `aligned`: None, or the `version` before, onto whose vectors these were turned, `num_items`
+        that both have, and the `mean_cosine` of their vectors.
 
     Raises:
         ValueError: If the path is a folder, its folder is missing, or its suffix is another; if all
@@ -58,6 +60,7 @@ def write_vectors(model: "LoadedRetriever", path: str | Path) -> dict[str, Any]:
         "min_norm": float(norms.min()),
         "max_norm": float(norms.max()),
         "unit_length": bool(np.abs(norms - 1).max() < _ROUNDING),
+        "aligned": model.manifest.get("aligned"),
     }
     metadata = {
         name: value if isinstance(value, str) else json.dumps(value)
