@@ -306,8 +306,8 @@ def test_flags_replace_a_preset_and_that_a_file(config_of: Any, tmp_path: Path) 
     ("refresh-index model --items x.csv --keep-versions 0", "keep_versions: got '0'; must be"),
     ("serve model --port 70000", "port: got '70000'; must be less than or equal to 65535"),
     ("server", "unknown command 'server'; did you mean 'serve'?"),
-    ("", "no command; known: run, compare, report, query, serve, refresh-index, "
-        "recommend, log, vectors"),
+    ("", "no command; known: run, compare, report, query, explain, serve, "
+        "refresh-index, recommend, audience, log, vectors"),
 ])  # fmt: skip
 @pytest.mark.usefixtures("here")
 def test_a_wrong_word_is_told_in_a_line(command: Any, arguments: str, message: str) -> None:
