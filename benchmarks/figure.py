@@ -79,10 +79,10 @@ def draw_way() -> Drawing:
         for column, (name, about) in enumerate(steps, 1):
             centre = column - 0.5
             corner = (centre - width / 2, middle - height / 2)
-            style = {"boxstyle": "round,pad=0,rounding_size=0.06", "linewidth": 1.4}
-            colours = {"facecolor": "none", "edgecolor": colour}
-            axes.add_patch(FancyBboxPatch(corner, width, height, **style, **colours))
-            words = {"ha": "center", "va": "center"}
+            style: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.06", "linewidth": 1.4}
+            style |= {"facecolor": "none", "edgecolor": colour}
+            axes.add_patch(FancyBboxPatch(corner, width, height, **style))
+            words: dict[str, Any] = {"ha": "center", "va": "center"}
             axes.text(
                 centre, middle + 0.23, name, color=colour, fontsize=11, weight="bold", **words
             )
