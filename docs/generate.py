@@ -295,7 +295,8 @@ def commands() -> Iterator[str]:
 def result_files() -> Iterator[str]:
     """Yields a table of the result files: commit, date, command and machine of each.
 
-    Where the script is gone, the command has the newest commit that has it.
+    Commands are without `--json FILE`. Where the script is gone, the newest commit that has it
+    follows.
     """
     last_commits = {name: commit for commit, names in LAST_COMMITS.items() for name in names}
     yield from ("| file | as of | command | cores, load |", "|---|---|---|---|")
@@ -305,7 +306,7 @@ def result_files() -> Iterator[str]:
         machine = record["machine"]
         load = f"{machine['num_cores']}, {machine['load_average_5_min']}"
         link = f"[{path.name}](../../benchmarks/results/{path.name})"
-        command = record["command"]
+        command = re.sub(r" --json \S+", "", record["command"])
         script = command.split()[1]
         at = "" if (ROOT / script).exists() else f" at {last_commits[Path(script).stem]}"
         yield f"| {link} | {as_of} | `{command}`{at} | {load} |"
