@@ -302,7 +302,8 @@ def result_files() -> Iterator[str]:
     yield from ("| file | as of | command | cores, load |", "|---|---|---|---|")
     for path in RESULTS:
         record = json.loads(path.read_text())
-        as_of = f"{record['commit']}, {record['date']}" if "commit" in record else record["date"]
+        day = record["date"].split()[0]
+        as_of = f"{record['commit']}, {day}" if "commit" in record else day
         machine = record["machine"]
         load = f"{machine['num_cores']}, {machine['load_average_5_min']}"
         link = f"[{path.name}](../../benchmarks/results/{path.name})"
