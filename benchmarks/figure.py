@@ -64,7 +64,7 @@ OTHERS = {
 }
 
 
-# Corrections of `corrections.py`, other than the exact log q.
+# Corrections of corrections.json, other than the exact log q.
 OTHER_LOG_Q = ("none", "share", "share, both", "count", "count x2")
 
 
@@ -79,10 +79,10 @@ def draw_way() -> Drawing:
         for column, (name, about) in enumerate(steps, 1):
             centre = column - 0.5
             corner = (centre - width / 2, middle - height / 2)
-            style = {"boxstyle": "round,pad=0,rounding_size=0.06", "linewidth": 1.4}
-            colours = {"facecolor": "none", "edgecolor": colour}
-            axes.add_patch(FancyBboxPatch(corner, width, height, **style, **colours))
-            words = {"ha": "center", "va": "center"}
+            style: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.06", "linewidth": 1.4}
+            style |= {"facecolor": "none", "edgecolor": colour}
+            axes.add_patch(FancyBboxPatch(corner, width, height, **style))
+            words: dict[str, Any] = {"ha": "center", "va": "center"}
             axes.text(
                 centre, middle + 0.23, name, color=colour, fontsize=11, weight="bold", **words
             )
@@ -105,7 +105,7 @@ def draw_way() -> Drawing:
 
 
 def draw_log_q(cells: Sequence[Mapping[str, Any]]) -> Drawing:
-    """Draws the NDCG of other log q by log, relative to the exact one, as `corrections.py` says."""
+    """Draws the NDCG of other log q by log, relative to the exact one."""
     cells = [cell for cell in cells if cell["metric"] == METRIC]
     figure, all_axes = new_figure(7.8, 3.6, 2, sharex=True, sharey=True)
     logs = list(dict.fromkeys(cell["log"] for cell in cells))
@@ -218,7 +218,7 @@ def draw_scale(sizes: Sequence[Mapping[str, Any]]) -> dict[str, Drawing]:
 
 
 def draw_loop(days: Sequence[Mapping[str, Any]]) -> Drawing:
-    """Draws the true click rate of each arm by day, as `loop.py` measured it."""
+    """Draws the true click rate of each arm by day."""
     figure, (axes,) = new_figure(*SIZE)
     for colour, arm in zip(SERIES, dict.fromkeys(row["arm"] for row in days), strict=False):
         rates = {row["day"]: 100 * row["click_rate"] for row in days if row["arm"] == arm}

@@ -16,16 +16,16 @@ import numpy as np
 from record import parser_with_json, write_json
 
 import tfrs_pipeline as tp
-from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.run.folder import RunFolder
-from tfrs_pipeline.run.training import split_in, trained_in
+from tfrs_pipeline.run.training import split_in
 from tfrs_pipeline.samples.latest_histories import latest_histories
 from tfrs_pipeline.search.item_graph import ItemGraph
 
 
-def graph_until(log: Any, users: Ids, items: Ids, kind: str, until: float) -> ItemGraph:
+def graph_until(log: Any, users: tp.Ids, items: tp.Ids, kind: str, until: float) -> ItemGraph:
     """Builds the graph of the positives of a log before a time in seconds since 1970."""
     histories, _, times = latest_histories(log, users, items)
+    assert times is not None
     return ItemGraph.build(histories.where(times < until), len(items), kind)
 
 
@@ -48,12 +48,12 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=1.0)
     options = parser.parse_args()
     split = split_in(RunFolder(options.run))
-    model = trained_in(options.run, "refit", "two_tower")
+    model = tp.trained_in(options.run, "refit", "two_tower")
     bonus = model.bonus
     if bonus is None or bonus.neighbours is None:
         raise SystemExit("Validation chose no bonus of neighbours in this run.")
     test = split.holdout("test", by="requests", trained_on=split.before_test)
-    users, items = Ids(model.query_ids), Ids(model.candidate_ids)
+    users, items = tp.Ids(model.query_ids), tp.Ids(model.candidate_ids)
     assert test.times is not None
     hours = np.floor(test.times / 3600 / options.hours)
     rows = []

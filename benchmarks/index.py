@@ -23,11 +23,10 @@ from typing import Any
 import numpy as np
 from record import parser_with_json, write_json
 
-from tfrs_pipeline.data.ids import Ids
+import tfrs_pipeline as tp
 from tfrs_pipeline.evaluation.results import format_cells
 from tfrs_pipeline.search.candidates import Candidates, FilterValues
 from tfrs_pipeline.search.tune import Requests, Tuned, exact_ranking, tune_index
-from tfrs_pipeline.service.retriever import load
 
 BATCH_SIZE = 16
 # Exact search is asked less: its time differs little between queries.
@@ -65,15 +64,16 @@ class Searches:
         """
         candidates, allowed = self._candidates, None
         if is_allowed is not None:
-            rows, values = np.arange(1, len(is_allowed) + 1), FilterValues()
+            numbers, values = np.arange(1, len(is_allowed) + 1), FilterValues()
             of_index = self._index.searcher, self._index.levels
             codes = values.encode(np.where(is_allowed, "some", "").astype(object))
-            candidates = Candidates(rows, self._embeddings, *of_index, values, codes)
+            candidates = Candidates(numbers, self._embeddings, *of_index, values, codes)
             allowed = ["some"]
-        answers, times = [], {}
+        answers, times = list[np.ndarray](), dict[str, float]()
         for name, num in (("", len(self._queries)), ("exact_", NUM_TIMED_EXACTLY)):
             for size in (1, BATCH_SIZE):
-                rows, starts = [], range(0, num if size > 1 else NUM_TIMED_EXACTLY, size)
+                rows = list[np.ndarray]()
+                starts = range(0, num if size > 1 else NUM_TIMED_EXACTLY, size)
                 # Once for all calls, because the clock ticks slowly on some machines.
                 begin = time.process_time()
                 for start in starts:
@@ -81,7 +81,7 @@ class Searches:
                     found, _ = candidates.search(
                         self._queries[block],
                         k,
-                        excluded[block],
+                        list(excluded[block]),
                         allowed and [allowed] * size,
                         exact=bool(name),
                     )
@@ -95,7 +95,7 @@ class Searches:
 def recall_of(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
     """Returns the mean share of each query's exact answer that was found, and its error."""
     pairs = zip(found, exact, strict=True)
-    shares = [len(np.intersect1d(a[a > 0], b)) / max(1, np.count_nonzero(b)) for a, b in pairs]
+    shares = [len(np.intersect1d(a[a > 0], b)) / max(1, int(np.count_nonzero(b))) for a, b in pairs]
     return {
         "recall": float(np.mean(shares)),
         "standard_error": float(np.std(shares) / len(shares) ** 0.5),
@@ -199,8 +199,8 @@ def main() -> None:
         parser.error(f"--queries must be a multiple of {BATCH_SIZE}, {NUM_TIMED_EXACTLY} or more")
     corpora = []
     if options.model:
-        retriever = load(options.model, exact=True, live=False)
-        queries, ids = retriever.held_out_queries(), Ids(retriever.candidate_ids())
+        retriever = tp.load(options.model, exact=True, live=False)
+        queries, ids = retriever.held_out_queries(), tp.Ids(retriever.candidate_ids())
         users = retriever.users.now([query.get("user_id") for query in queries])
         known = [ids.known_rows(user.known) for user in users]
         held_out, num = retriever.embed_queries(queries), options.queries
@@ -214,12 +214,11 @@ def main() -> None:
         corpora.append((embeddings, Requests(first, [np.zeros(0, np.int32)] * len(first)), rest))
     for corpus in corpora:
         results.append(measure(*corpus, options))
-        if options.json:
-            write_json(
-                options.json,
-                {"target_recall": options.target_recall, "corpora": results},
-                seed=options.seed,
-            )
+        write_json(
+            options.json,
+            {"target_recall": options.target_recall, "corpora": results},
+            seed=options.seed,
+        )
 
 
 if __name__ == "__main__":

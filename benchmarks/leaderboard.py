@@ -57,8 +57,6 @@ from tfrs_pipeline.run.data import RunData, prepare
 from tfrs_pipeline.run.measure import baselines_of, fit_best
 from tfrs_pipeline.run.training import train_and_refit
 
-NUM_BOOTSTRAP = 1000
-
 _SEQUENCES = {
     "model.negatives": ("uniform:num=512", "popularity:num=512"),
     "model.history_length": 200,
@@ -89,7 +87,7 @@ _USER_SETS = {
     "training.patience": 20,
 }
 # Model -> data set -> what differs from the package's defaults, by dotted name.
-OUR_MODELS: dict[str, dict[str, dict[str, Any]]] = {
+OUR_MODELS: dict[str, dict[str, Mapping[str, Any]]] = {
     "two_tower": {
         "ml-100k": {},
         "ml-1m": {},
@@ -167,8 +165,8 @@ EASE_GRIDS: dict[str, dict[str, Any]] = {
 
 # A retriever, and notes for the record, JSON-compatible.
 Fitted = tuple[tp.Retriever, dict[str, Any]]
-# Given settings, data and a folder for checkpoints.
-Fit = Callable[[tp.RunConfig, RunData, Path], Fitted]
+# Given settings, data and a folder for checkpoints, None to keep none.
+Fit = Callable[[tp.RunConfig, RunData, Path | None], Fitted]
 
 
 @dataclass(frozen=True)
@@ -186,6 +184,10 @@ class Task:
     protocol: Protocol
     config: tp.RunConfig
     folder: Path
+
+    def fit_folder(self, name: str, seed: int) -> Path:
+        """Returns the folder of a model's fit with a seed."""
+        return self.folder / "fits" / f"{name}-seed{seed}"
 
     def prepare(self, config: tp.RunConfig) -> RunData:
         """Makes the split and samples, or reads those that the folder holds."""
@@ -220,7 +222,7 @@ class Model:
         is_seeded: Whether the seed changes anything.
     """
 
-    settings: dict[str, dict[str, Any]]
+    settings: Mapping[str, Mapping[str, Any]]
     fit: Fit
     grids: dict[str, dict[str, Any]] = field(default_factory=dict)
     is_seeded: bool = True
@@ -234,14 +236,9 @@ class Printed(Progress):
         print(f"    {name} {done}/{total} {note}", flush=True)
 
 
-def fit_ours(config: tp.RunConfig, data: RunData, folder: Path) -> Fitted:
+def fit_ours(config: tp.RunConfig, data: RunData, folder: Path | None) -> Fitted:
     """Trains the package's model as its pipeline does: epochs by validation, then a refit."""
-    model = train_and_refit(
-        config,
-        data,
-        folder=folder,
-        progress=Printed(),
-    )
+    model = train_and_refit(config, data, folder=folder, progress=Printed())
     chosen = model.result
     monitored = chosen.history[f"val_{config.training.monitor}"]
     return model, {
@@ -256,7 +253,7 @@ def fit_ours(config: tp.RunConfig, data: RunData, folder: Path) -> Fitted:
 def baseline(name: str, grid: Mapping[str, Sequence[float]] | None = None) -> Fit:
     """Makes the fit of one of the package's baselines, chosen from a grid on validation."""
 
-    def fit(config: tp.RunConfig, data: RunData, folder: Path) -> Fitted:
+    def fit(config: tp.RunConfig, data: RunData, folder: Path | None) -> Fitted:
         own = tp.with_settings(config, {"evaluation.baselines": (name,)})
         forms: Sequence[Any] = baselines_of(own, data)[name]
         if grid:
@@ -269,11 +266,11 @@ def baseline(name: str, grid: Mapping[str, Sequence[float]] | None = None) -> Fi
     return fit
 
 
-def of_tutorial(num_epochs: int, *, corrected: bool) -> Fit:
-    """Makes the fit of the tutorial's model, on everything before the test."""
+def of_tutorial(num_epochs: int, **kind: bool) -> Fit:
+    """Makes the fit of a model of the tutorial (see `fit_tutorial`), on all before the test."""
 
-    def fit(config: tp.RunConfig, data: RunData, folder: Path) -> Fitted:
-        options = {"num_epochs": num_epochs, "corrected": corrected}
+    def fit(config: tp.RunConfig, data: RunData, folder: Path | None) -> Fitted:
+        options: dict[str, Any] = {"num_epochs": num_epochs, **kind}
         retriever = tutorial.fit_tutorial(data.final, seed=config.seed, **options)
         return retriever, {**tutorial.SETTINGS, **options}
 
@@ -289,7 +286,7 @@ MODELS: dict[str, Model] = {
     "itemknn": Model(_everywhere(), baseline("itemknn"), is_seeded=False),
     "ease": Model({data: {} for data in EASE_GRIDS}, baseline("ease"), EASE_GRIDS, is_seeded=False),
     "ials": Model({data: {} for data in IALS_GRIDS}, baseline("ials"), IALS_GRIDS),
-    "tutorial": Model(_everywhere(), of_tutorial(tutorial.NUM_EPOCHS, corrected=False)),
+    "tutorial": Model(_everywhere(), of_tutorial(tutorial.NUM_EPOCHS)),
     "tutorial_corrected": Model(
         _everywhere(), of_tutorial(tutorial.NUM_EPOCHS_CORRECTED, corrected=True)
     ),
@@ -311,7 +308,7 @@ def run_model(task: Task, name: str, seed: int) -> dict[str, Any]:
     grid = model.grids.get(task.data)
     settings = {**task.protocol.settings, **own, **(grid or {})}
     asked = to_jsonable_python({"settings": settings})  # As read back from JSON: tuples are lists.
-    folder = task.folder / "fits" / f"{name}-seed{seed}"
+    folder = task.fit_folder(name, seed)
     _claim(folder, asked)
     if (folder / "result.json").exists():
         return {**json.loads((folder / "result.json").read_text()), "is_new": False}
@@ -373,19 +370,21 @@ def _claim(folder: Path, asked: dict[str, Any]) -> None:
         )
 
 
-def summarise(task: Task, name: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarise(
+    seeds: Sequence[Mapping[str, np.ndarray]], metrics: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     """Averages a model over its seeds.
+
+    Args:
+        seeds: Each user's values by metric, [num_users] each, of each seed.
+        metrics: Names of those to average.
 
     Returns:
         By metric: mean, "low" and "high" of a 95% bootstrap interval over users (of each user's
         mean over the seeds), "by_seed" and, with two seeds or more, their "std".
     """
-    values = []
-    for result in results:
-        with np.load(task.folder / "fits" / f"{name}-seed{result['seed']}" / "per_query.npz") as of:
-            values.append(np.stack([of[metric] for metric in task.protocol.metrics], axis=1))
-    by_seed = np.stack(values)
-    intervals = bootstrap_intervals(by_seed.mean(axis=0), num_bootstrap=NUM_BOOTSTRAP, seed=0)
+    by_seed = np.stack([np.stack([values[m] for m in metrics], axis=1) for values in seeds])
+    intervals = bootstrap_intervals(by_seed.mean(axis=0), seed=0)
     means = by_seed.mean(axis=1)
     return {
         metric: {
@@ -393,7 +392,7 @@ def summarise(task: Task, name: str, results: Sequence[dict[str, Any]]) -> dict[
             "by_seed": means[:, i].tolist(),
             **({"std": float(means[:, i].std(ddof=1))} if len(means) > 1 else {}),
         }
-        for i, (metric, interval) in enumerate(zip(task.protocol.metrics, intervals, strict=True))
+        for i, (metric, interval) in enumerate(zip(metrics, intervals, strict=True))
     }
 
 
@@ -408,11 +407,15 @@ def run(task: Task, models: Sequence[str], num_seeds: int) -> dict[str, Any]:
             print(describe(name, result), flush=True)
             del result["is_new"]
             results[name].append(result)
+    values_of = {
+        name: [np.load(task.fit_folder(name, fit["seed"]) / "per_query.npz") for fit in fits]
+        for name, fits in results.items()
+    }
     return {
         "data": task.data,
         "protocol": task.protocol.description,
         "models": {
-            name: {"metrics": summarise(task, name, fits), "fits": fits}
+            name: {"metrics": summarise(values_of[name], task.protocol.metrics), "fits": fits}
             for name, fits in results.items()
         },
         "published": [dataclasses.asdict(line) for line in task.protocol.published],
@@ -466,8 +469,7 @@ def main() -> None:
         task = Task(options.data, protocol, config, folder)
         figures = run(task, models, options.seeds)
     print_table(task, figures)
-    if options.json:
-        write_json(options.json, figures)
+    write_json(options.json, figures)
 
 
 if __name__ == "__main__":

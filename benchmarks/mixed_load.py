@@ -359,8 +359,7 @@ def main() -> None:
                 f"{kind}, process {number}: {', '.join(f'{mib:.0f}' for mib in process[::5])} MiB"
             )
     figures = {"num_candidates": options.candidates, "neighbours": ratios, "load": load}
-    if options.json:
-        write_json(options.json, figures, seed=0)
+    write_json(options.json, figures, seed=0)
     if load["num_failed"]:
         raise SystemExit(f"{load['num_failed']} requests failed")
 

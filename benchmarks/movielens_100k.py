@@ -29,7 +29,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,73 +39,34 @@ import tfrs_pipeline as tp
 # isort: split
 import numpy as np
 import tutorial
+from leaderboard import Fit, baseline, fit_ours, of_tutorial, summarise
 from record import parser_with_json, write_json
 
-from tfrs_pipeline.config import RunConfig, movielens_config, with_settings
-from tfrs_pipeline.evaluation.bootstrap import bootstrap_intervals
-from tfrs_pipeline.evaluation.results import EvaluationResult
-from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.data import RunData, prepare
-from tfrs_pipeline.run.measure import baselines_of, fit_best
-from tfrs_pipeline.run.training import train_and_refit
 
 METRICS = ("ndcg@100", "recall@100", "recall@20")
 EXCLUDES: tuple[Literal["clicked", "seen"], ...] = ("clicked", "seen")
-# A retriever, and notes on how it was made.
-Fitted = tuple[Retriever, dict[str, Any]]
 
 
 @contextlib.contextmanager
-def prepared(config: RunConfig) -> Iterator[RunData]:
+def prepared(config: tp.RunConfig) -> Iterator[RunData]:
     """Loads, splits and samples the log of a config as a run does, in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         yield prepare(config, Path(folder))
 
 
-def tutorial_model(num_epochs: int, **kind: bool) -> Callable[[RunConfig, RunData], Fitted]:
-    """Makes the fit of one of the tutorial's models (see `fit_tutorial`)."""
-
-    def fit(config: RunConfig, data: RunData) -> Fitted:
-        retriever = tutorial.fit_tutorial(
-            data.final, num_epochs=num_epochs, seed=config.seed, **kind
-        )
-        return retriever, {"num_epochs": num_epochs}
-
-    return fit
-
-
-def two_tower(settings: dict[str, Any]) -> Callable[[RunConfig, RunData], Fitted]:
+def two_tower(settings: dict[str, Any]) -> Fit:
     """Makes the fit of the package's model with some settings, by dotted name."""
-
-    def fit(config: RunConfig, data: RunData) -> Fitted:
-        config = with_settings(config, settings)
-        model = train_and_refit(config, data)
-        monitor = config.training.monitor
-        return model, {
-            "num_epochs": model.result.best_epoch,
-            f"validation_{monitor}": max(model.result.history[f"val_{monitor}"]),
-        }
-
-    return fit
-
-
-def baseline(name: str) -> Callable[[RunConfig, RunData], Fitted]:
-    """Makes the fit of one of the baselines."""
-
-    def fit(config: RunConfig, data: RunData) -> Fitted:
-        config = with_settings(config, {"evaluation.baselines": (name,)})
-        return fit_best(name, baselines_of(config, data)[name], config, data)[0], {}
-
-    return fit
+    return lambda config, data, folder: fit_ours(tp.with_settings(config, settings), data, folder)
 
 
 UNCORRECTED = {"model.correction": "none"}
 IN_BATCH = {"model.negatives": (tp.InBatch(),)}
-MODELS: dict[str, Callable[[RunConfig, RunData], Fitted]] = {
-    "tutorial": tutorial_model(tutorial.NUM_EPOCHS),
-    "tutorial_corrected": tutorial_model(tutorial.NUM_EPOCHS_CORRECTED, corrected=True),
-    "tutorial_hybrid": tutorial_model(tutorial.NUM_EPOCHS, hybrid=True),
-    "tutorial_hybrid_20": tutorial_model(tutorial.NUM_EPOCHS_CORRECTED, hybrid=True),
+MODELS: dict[str, Fit] = {
+    "tutorial": of_tutorial(tutorial.NUM_EPOCHS),
+    "tutorial_corrected": of_tutorial(tutorial.NUM_EPOCHS_CORRECTED, corrected=True),
+    "tutorial_hybrid": of_tutorial(tutorial.NUM_EPOCHS, hybrid=True),
+    "tutorial_hybrid_20": of_tutorial(tutorial.NUM_EPOCHS_CORRECTED, hybrid=True),
     "two_tower": two_tower({}),
     "two_tower_uncorrected": two_tower(UNCORRECTED),
     "in_batch": two_tower(IN_BATCH),
@@ -117,41 +78,21 @@ MODELS: dict[str, Callable[[RunConfig, RunData], Fitted]] = {
 SEEDLESS = ("popularity", "ease")
 
 
-def summarise(results: Sequence[EvaluationResult]) -> dict[str, Any]:
-    """Averages each user over the seeds, and then over users with an interval.
-
-    Args:
-        results: One for each seed.
-
-    Returns:
-        Metric -> mean, low, high and the mean of each seed.
-    """
-    by_seed = np.stack(
-        [np.stack([result.per_query[m] for m in METRICS], axis=1) for result in results]
-    )
-    intervals = bootstrap_intervals(by_seed.mean(axis=0), seed=0)
-    means = by_seed.mean(axis=1)
-    return {
-        metric: {**interval.as_dict(), "by_seed": means[:, i].tolist()}
-        for i, (metric, interval) in enumerate(zip(METRICS, intervals, strict=True))
-    }
-
-
 def run(models: Sequence[str], num_seeds: int) -> Iterator[dict[str, Any]]:
     """Fits and measures the models; yields the results so far after each seed."""
-    results: dict[str, dict[str, list[EvaluationResult]]] = {
+    results: dict[str, dict[str, list[tp.EvaluationResult]]] = {
         name: {exclude: [] for exclude in EXCLUDES} for name in models
     }
     fits: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     for seed in range(num_seeds):
-        config = with_settings(movielens_config(), {"seed": seed})
+        config = tp.with_settings(tp.movielens_config(), {"seed": seed})
         with prepared(config) as data:
             num_positives = len(data.final.samples)
             for name in models:
                 if seed and name in SEEDLESS:
                     continue
                 start = time.monotonic()
-                retriever, notes = MODELS[name](config, data)
+                retriever, notes = MODELS[name](config, data, None)
                 seconds = time.monotonic() - start
                 fits[name].append({"seed": seed, "seconds": round(seconds, 1), **notes})
                 for exclude in EXCLUDES:
@@ -172,7 +113,7 @@ def run(models: Sequence[str], num_seeds: int) -> Iterator[dict[str, Any]]:
             "models": {
                 name: {
                     "fits": fits[name],
-                    **{e: summarise(r) for e, r in by.items()},
+                    **{e: summarise([r.per_query for r in of], METRICS) for e, of in by.items()},
                 }
                 for name, by in results.items()
             },
@@ -196,8 +137,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="Seeds 0 to N - 1 (1).")
     options = parser.parse_args()
     for figures in run(options.models, options.seeds):
-        if options.json:  # Takes an hour, so partial results are saved.
-            write_json(options.json, figures)
+        write_json(options.json, figures)  # After each seed, since all of them take an hour.
     print_table(figures)
 
 

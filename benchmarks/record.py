@@ -16,8 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 LIBRARIES = (
     "implicit",
     "numpy",
@@ -28,16 +26,6 @@ LIBRARIES = (
     "tf-keras",
     "tfrs-pipeline",
 )
-
-
-def paired(differences: np.ndarray) -> dict[str, Any]:
-    """Returns the mean of paired differences, one a seed, its standard error and how many gain."""
-    num = len(differences)
-    return {
-        "difference": float(differences.mean()),
-        "standard_error": float(differences.std(ddof=1) / num**0.5) if num > 1 else None,
-        "num_seeds_ahead": int((differences > 0).sum()),
-    }
 
 
 def parser_with_json(description: str | None) -> argparse.ArgumentParser:
@@ -72,14 +60,17 @@ def spent(command: Sequence[str], env: Mapping[str, str] | None = None) -> dict[
     }
 
 
-def write_json(path: Path, figures: Mapping[str, Any], *, seed: int | None = None) -> None:
+def write_json(path: Path | None, figures: Mapping[str, Any], *, seed: int | None = None) -> None:
     """Writes figures beside the date, the command, the commit, the machine and library versions.
 
     Args:
-        path: File to write; its folder is made if missing.
+        path: File to write; its folder is made if missing. Without --json it is None, and nothing
+            is written.
         figures: What was measured, JSON-able.
         seed: First seed that was used, if it is not among the figures.
     """
+    if path is None:
+        return
     record = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command(sys.argv),
@@ -97,8 +88,8 @@ def command(arguments: list[str]) -> str:
     """Returns the command line, absolute paths cut to their last part.
 
     Example:
-        >>> command(["/home/me/benchmarks/loop.py", "--json", "/tmp/loop.json"])
-        'python benchmarks/loop.py --json loop.json'
+        >>> command(["/home/me/benchmarks/scale.py", "--json", "/tmp/scale.json"])
+        'python benchmarks/scale.py --json scale.json'
     """
     script, *options = arguments
     names = [Path(option).name if Path(option).is_absolute() else option for option in options]

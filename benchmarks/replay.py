@@ -149,9 +149,8 @@ def compare(
 
 def main() -> None:
     """Runs the benchmark."""
-    from live import Client
     from record import parser_with_json, write_json
-    from serving import served
+    from serving import Client, served
 
     parser = parser_with_json(__doc__)
     parser.add_argument("--epochs", type=int, default=5)
@@ -174,8 +173,7 @@ def main() -> None:
             )
     figures = compare(model, asked, answers, K) | {"num_not_asked": len(test) - len(asked)}
     print(figures)
-    if options.json:
-        write_json(options.json, figures)
+    write_json(options.json, figures)
 
 
 if __name__ == "__main__":

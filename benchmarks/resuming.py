@@ -43,19 +43,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tensorflow as tf
 
+import tfrs_pipeline as tp
 from tests.damage import DAMAGES, damage
 from tests.small_log import Stopped, Watched, event_table, item_table, small_config, write
-from tfrs_pipeline.config import RunConfig
-from tfrs_pipeline.exports import export
 from tfrs_pipeline.run.pipeline import run
-from tfrs_pipeline.service.retriever import load
+from tfrs_pipeline.service import version
 
 HALF_WRITTEN = ("_temp", ".partial", "_work-", ".partial-")
 # A run that is neither killed nor done by then counts as hanging.
 MAX_SECONDS = 300.0
 
 
-def config_in(folder: Path) -> RunConfig:
+def config_in(folder: Path) -> tp.RunConfig:
     """Writes the log, and returns the settings of the runs in this folder."""
     data = {
         "source": "files",
@@ -71,14 +70,15 @@ def config_in(folder: Path) -> RunConfig:
     )
 
 
-def outcome_of(config: RunConfig, folder: Path) -> tuple[list[Any], Path]:
-    """Runs to the end; returns what must not differ between runs, and the export's folder."""
+def outcome_of(config: tp.RunConfig, folder: Path) -> list[Any]:
+    """Runs to the end; returns what must not differ between runs."""
     result = run(config, folder)
     other = ("date", "seconds", "notes", "export_folder")
     metrics = {name: value for name, value in result.metrics.items() if name not in other}
     users = [f"user {number}" for number in range(40)]
-    ids, scores, _ = load(result.export_folder, exact=True).retrieve_user(users, 20)
-    return [repr(metrics), ids.tolist(), scores.tobytes()], result.export_folder
+    assert result.export_folder is not None
+    ids, scores, _ = tp.load(result.export_folder, exact=True).retrieve_user(users, 20)
+    return [repr(metrics), ids.tolist(), scores.tobytes()]
 
 
 def last_weights(folder: Path) -> dict[str, bytes]:
@@ -167,7 +167,7 @@ def kills(folder: Path, num_kills: int) -> dict[str, Any]:
     expected = folder / "expected.npy"
 
     def save(place: Path) -> None:
-        same, _ = outcome_of(config, folder / "run")
+        same = outcome_of(config, folder / "run")
         np.save(place, np.array([repr(same)]))
 
     rng = np.random.default_rng(0)
@@ -229,7 +229,7 @@ def damages(folder: Path, num_damages: int) -> dict[str, Any]:
     with contextlib.suppress(Stopped):
         run(config, folder / "run", progress=Watched(("two_tower, refit", 2)))
     keep(folder, "half done")
-    expected, _ = outcome_of(config, folder / "run")
+    expected = outcome_of(config, folder / "run")
     keep(folder, "finished")
     possible = [
         (state, path.relative_to(folder / "kept" / state), how)
@@ -265,10 +265,10 @@ def keep(folder: Path, state: str) -> None:
             shutil.copytree(folder / name, folder / "kept" / state / name)
 
 
-def begin_again(config: RunConfig, folder: Path, name: Path, expected: list[Any]) -> str:
+def begin_again(config: tp.RunConfig, folder: Path, name: Path, expected: list[Any]) -> str:
     """Runs to the end; says how it ended."""
     try:
-        same, _ = outcome_of(config, folder / "run")
+        same = outcome_of(config, folder / "run")
     except Exception as error:
         if name.name in str(error) and type(error).__module__.startswith("tfrs_pipeline"):
             return "refused"
@@ -285,7 +285,7 @@ def full_disk(folder: Path) -> dict[str, Any]:
         on the disk; and "is_same", whether the run ends like an undisturbed one.
     """
     config = config_in(folder)
-    expected, _ = outcome_of(config, folder / "run")
+    expected = outcome_of(config, folder / "run")
     reset(folder)
     size, stops, num_raw = shutil.disk_usage(folder).used // 1024 + 20, Counter[str](), 0
     while True:
@@ -300,7 +300,7 @@ def full_disk(folder: Path) -> dict[str, Any]:
             stops[task] += 1
             num_raw += "\n" in str(error) or not str(error).startswith(str(folder))
         size += 30
-    same, _ = outcome_of(config, folder / "run")
+    same = outcome_of(config, folder / "run")
     return {"stops": dict(stops), "num_raw": num_raw, "is_same": same == expected}
 
 
@@ -323,7 +323,7 @@ def main() -> None:
     parser.add_argument("--damage", type=int, default=0, metavar="N", help="Likewise.")
     parser.add_argument("--full", action="store_true", help="Fill disks too; needs root.")
     options = parser.parse_args()
-    export.prove = lambda *arguments: None
+    version.prove = lambda *arguments: None
     figures: dict[str, Any] = {}
     # First: a process that has used TensorFlow cannot be forked.
     if options.kills:
@@ -336,8 +336,7 @@ def main() -> None:
         with disk() as folder_in_memory:
             figures["full"] = full_disk(folder_in_memory)
     print(figures)
-    if options.json:
-        write_json(options.json, figures)
+    write_json(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -35,14 +35,11 @@ import tfrs_pipeline as tp
 # isort: split
 import duckdb
 import numpy as np
-from figure import draw_scale
 from record import parser_with_json, write_json
+from serving import status_mib
 
 from tfrs_pipeline.data.engines import connect
-from tfrs_pipeline.data.log import Split
-from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fitted_model import query_encoder
-from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.search.topk import ExactRetriever
 
@@ -71,20 +68,8 @@ def make_log(num_events: int, path: Path, memory_limit: str) -> None:
 
 
 def resident() -> dict[str, float]:
-    """Reads the memory of this process, and of a JVM that it has started, in GiB."""
-
-    def read(process: str) -> dict[str, float]:
-        lines = Path("/proc", process, "status").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        return {name: int(fields[field].split()[0]) / 2**20 for name, field in MEMORY.items()}
-
-    found = read("self")
-    for started in Path("/proc/self/task").glob("*/children"):
-        for process in started.read_text().split():
-            with contextlib.suppress(OSError, KeyError):  # It may have ended by now.
-                if Path("/proc", process, "comm").read_text().strip() == "java":
-                    found["jvm_rss_gib"] = read(process)["rss_gib"]
-    return found
+    """Reads the memory of this process, in GiB."""
+    return {name: status_mib(os.getpid(), field) / 1024 for name, field in MEMORY.items()}
 
 
 @contextlib.contextmanager
@@ -94,8 +79,7 @@ def stage(name: str, stages: Stages) -> Iterator[dict[str, float]]:
 
     def watch() -> None:
         while not is_over.wait(0.02):
-            now = resident()
-            peak.update({name: max(peak.get(name, 0), value) for name, value in now.items()})
+            peak.update({name: max(peak[name], gib) for name, gib in resident().items()})
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -110,7 +94,7 @@ def stage(name: str, stages: Stages) -> Iterator[dict[str, float]]:
     print(f"  {name:12} {shown}", flush=True)
 
 
-def make_network(data: TrainingSet) -> tuple[TwoTowerNetwork, tp.HybridBatches]:
+def make_network(data: tp.TrainingSet) -> tuple[tp.TwoTowerNetwork, tp.HybridBatches]:
     """Makes the network, compiled, and its batches."""
     model = tp.TwoTower(dim=64, negatives=NEGATIVES)
     network, batches = model.build(data.corpus), model.batches(data.samples)
@@ -118,7 +102,7 @@ def make_network(data: TrainingSet) -> tuple[TwoTowerNetwork, tp.HybridBatches]:
     return network, batches
 
 
-def fit(network: TwoTowerNetwork, batches: tp.HybridBatches, steps: int) -> dict[str, float]:
+def fit(network: tp.TwoTowerNetwork, batches: tp.HybridBatches, steps: int) -> dict[str, float]:
     """Trains the next steps, spread over the epoch."""
     done = int(network.optimizer.iterations)
     dataset = batches.dataset(done, steps)
@@ -147,9 +131,9 @@ def measure(num_events: int, folder: Path, options: argparse.Namespace) -> dict[
     with stage("split", stages):
         log = tp.Log.read(folder / "log", connection)
         log.split("time").write(folder / "log" / "split.parquet")
-        split = Split.read(log, folder / "log" / "split.parquet")
+        split = tp.Split.read(log, folder / "log" / "split.parquet")
     with stage("samples", stages):
-        data = TrainingSet.build(split.train, folder / "samples", seed=0)
+        data = tp.TrainingSet.build(split.train, folder / "samples", seed=0)
     with stage("training", stages) as figures:
         network, batches = make_network(data)
         fit(network, batches, WARM_UP_STEPS)
@@ -175,8 +159,10 @@ def measure_in_turn(folders: Sequence[Path], options: argparse.Namespace) -> lis
     trainings = []
     for folder in folders:
         log = tp.Log.read(folder / "log", open_duckdb(folder, options.memory_limit))
-        split = Split.read(log, folder / "log" / "split.parquet")
-        trainings.append(make_network(TrainingSet.build(split.train, folder / "samples", seed=0)))
+        split = tp.Split.read(log, folder / "log" / "split.parquet")
+        trainings.append(
+            make_network(tp.TrainingSet.build(split.train, folder / "samples", seed=0))
+        )
         fit(*trainings[-1], WARM_UP_STEPS)
     rounds = [[fit(*x, options.steps) for x in trainings] for _ in range(options.rounds)]
     found = []
@@ -199,12 +185,6 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def write_figures(options: argparse.Namespace, sizes: Sequence[dict[str, Any]]) -> None:
-    """Writes the figures so far, if a file is given."""
-    if options.json:
-        write_json(options.json, {"sizes": sizes})
-
-
 def main() -> None:
     """Runs the benchmark."""
     parser = parser_with_json(__doc__)
@@ -214,9 +194,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="Training steps a round (200).")
     parser.add_argument("--rounds", type=int, default=3, help="Of what is measured in turn (3).")
     parser.add_argument("--folder", type=Path, help="Where temporary files go.")
-    parser.add_argument(
-        "--figure", type=Path, metavar="FILE", help="Where to draw its CPU seconds."
-    )
     options = parser.parse_args()
     sizes: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
@@ -230,9 +207,7 @@ def main() -> None:
             sizes[-1]["load_average"] = load, os.getloadavg()[0]
             in_turn = in_own_process(measure_in_turn, [folders[0], folder], options)
             sizes[-1]["training_in_turn"] = in_turn[-1]
-            write_figures(options, sizes)
-    if options.figure:
-        options.figure.write_text(draw_scale(sizes)["scale_seconds"].svg)
+            write_json(options.json, {"sizes": sizes})
 
 
 if __name__ == "__main__":

@@ -18,9 +18,6 @@ Quality: NDCG@100 on validation of each loop, trained anew for the same numbers 
 metrics change no weight, so the tutorial's loop is trained once, without them, and once more with
 the correction.
 
-Parts: CPU milliseconds per step of the package's loops on a prepared batch, and of making a
-batch.
-
 Time to quality: seconds in `fit` until NDCG@100 on the test (main protocol, trained on everything
 before it) first reaches each target. It is measured after every epoch; measuring is not counted,
 tracing is. Models: the tutorial's, without and with the correction, and as the guide changes it;
@@ -34,8 +31,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 # Before TensorFlow Recommenders, since it selects Keras 2.
@@ -57,9 +55,7 @@ from tutorial import (
 )
 
 from tfrs_pipeline.evaluation.interactions import Interactions
-from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.fitted_model import query_encoder
-from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.optimizer import make_optimizer
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run.data import RunData
@@ -93,16 +89,12 @@ OURS: dict[str, dict[str, Any]] = {
 }
 # The package's models whose time to the targets is measured: the default, presets, and the best
 # model of the leaderboard.
-TO_TARGET: dict[str, dict[str, Any]] = {
+TO_TARGET: dict[str, Mapping[str, Any]] = {
     "default": {},
     "histories": OUR_MODELS["histories"]["ml-100k"],
     "ids": {"model.use_user_id": True, "model.history_pooling": (), "model.id_dropout": 0.01},
     **{name: PRESETS[name].settings for name in ("quick", "sequence")},
 }
-
-
-# Calls before a part is measured: the buffer of the batches must be full.
-WARM_UP = 20
 
 
 @dataclass
@@ -127,7 +119,7 @@ def measure_on(holdout: tp.Holdout, retriever: tp.Retriever) -> float:
 
 def tutorial_loop(
     config: tp.RunConfig,
-    data: TrainingSet,
+    data: tp.TrainingSet,
     holdout: tp.Holdout,
     *,
     corrected: bool = False,
@@ -149,8 +141,8 @@ def tutorial_loop(
 
 
 def package_model(
-    config: tp.RunConfig, data: TrainingSet
-) -> tuple[TwoTowerNetwork, tp.HybridBatches]:
+    config: tp.RunConfig, data: tp.TrainingSet
+) -> tuple[tp.TwoTowerNetwork, tp.HybridBatches]:
     """Makes the package's network, compiled, and its batches."""
     tf.keras.utils.set_random_seed(config.seed)
     training = config.training
@@ -162,7 +154,7 @@ def package_model(
 
 
 def package_loop(
-    config: tp.RunConfig, data: TrainingSet, holdout: tp.Holdout, settings: dict[str, Any]
+    config: tp.RunConfig, data: tp.TrainingSet, holdout: tp.Holdout, settings: Mapping[str, Any]
 ) -> Loop:
     """Makes this package's loop with some settings; without item features, of ids alone."""
     config = tp.with_settings(config, settings)
@@ -188,7 +180,7 @@ def package_loop(
     return Loop(fit, steps * batches.examples.batch_size, measure)
 
 
-def ids_alone(data: TrainingSet) -> TrainingSet:
+def ids_alone(data: tp.TrainingSet) -> tp.TrainingSet:
     """Removes the features."""
     corpus = dataclasses.replace(
         data.corpus,
@@ -236,37 +228,6 @@ def measure_speed(
     return figures
 
 
-def measure_parts(
-    config: tp.RunConfig, data: RunData, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Measures the parts of a step of the package's loops: mean CPU milliseconds."""
-    figures = {}
-    for name, settings in OURS.items():
-        of_loop = tp.with_settings(config, settings)
-        model, batches = package_model(of_loop, ids_alone(data.selection))
-        batch, stream = batches.batch(0), iter(batches.dataset())
-        train, loss = tf.function(model.train_step), tf.function(model.compute_loss)
-        parts: dict[str, Callable[[int], Any]] = {
-            "batch": lambda step, stream=stream: next(stream),
-            "train_step": lambda step, train=train, batch=batch: train(batch),
-            "loss_without_gradient": lambda step, loss=loss, batch=batch: loss(batch),
-        }
-        figures[name] = {part: _cpu_milliseconds(call, options) for part, call in parts.items()}
-        line = "   ".join(f"{part} {ms:7.1f} CPU ms" for part, ms in figures[name].items())
-        print(f"{name:20} {line}", flush=True)
-    return figures
-
-
-def _cpu_milliseconds(call: Callable[[int], Any], options: argparse.Namespace) -> float:
-    for step in range(WARM_UP):
-        call(step)
-    start = time.process_time()
-    for step in range(options.steps):
-        tf.nest.map_structure(lambda x: x.numpy() if x.shape.rank == 0 else x, call(step))
-    # The mean: batches are made in the background, several while one is waited for.
-    return 1000 * (time.process_time() - start) / options.steps
-
-
 def measure_quality(
     config: tp.RunConfig, data: RunData, options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -275,12 +236,9 @@ def measure_quality(
     makers: dict[str, Callable[[], Loop]] = {
         "tutorial": lambda: tutorial_loop(*on),
         "tutorial_corrected": lambda: tutorial_loop(*on, corrected=True),
-        **{
-            name: lambda settings=settings: package_loop(*on, settings)
-            for name, settings in OURS.items()
-        },
+        **{name: partial(package_loop, *on, settings) for name, settings in OURS.items()},
     }
-    figures = {}
+    figures: dict[str, dict[str, float]] = {}
     for name, make in makers.items():
         loop, done = make(), 0
         figures[name] = {}
@@ -332,10 +290,7 @@ def measure_time_to_targets(
         "tutorial": lambda: tutorial_loop(*on, compute_metrics=True),
         "tutorial_corrected": lambda: tutorial_loop(*on, corrected=True),
         "tutorial_hybrid": lambda: tutorial_loop(*on, hybrid=True),
-        **{
-            name: lambda settings=settings: package_loop(*on, settings)
-            for name, settings in TO_TARGET.items()
-        },
+        **{name: partial(package_loop, *on, settings) for name, settings in TO_TARGET.items()},
         "ease": lambda: baseline_loop(tp.Ease(), data),
         "ials": lambda: baseline_loop(tp.Ials(seed=config.seed), data),
     }
@@ -355,7 +310,6 @@ def measure_time_to_targets(
 
 PARTS = {
     "speed": measure_speed,
-    "parts": measure_parts,
     "quality": measure_quality,
     "targets": measure_time_to_targets,
 }
@@ -367,7 +321,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=2, help="Epochs a round and loop (2).")
-    parser.add_argument("--steps", type=int, default=20, help="Steps a part (20).")
     parser.add_argument(
         "--quality-epochs",
         type=int,
@@ -392,8 +345,7 @@ def main() -> None:
     with prepared(config) as data:
         for part in options.only:
             figures[part] = PARTS[part](config, data, options)
-            if options.json:
-                write_json(options.json, figures, seed=options.seed)
+            write_json(options.json, figures, seed=options.seed)
 
 
 if __name__ == "__main__":

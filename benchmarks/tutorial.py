@@ -16,11 +16,6 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
-from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.retrieval import Query
-from tfrs_pipeline.search.topk import ExactRetriever
-
 EMBEDDING_DIM = 32
 BATCH_SIZE = 8192
 LEARNING_RATE = 0.1
@@ -48,7 +43,7 @@ class TutorialModel(tfrs.Model):
         compute_metrics: Whether to compute the tutorial's metrics in training, as it does.
     """
 
-    def __init__(self, data: TrainingSet, *, compute_metrics: bool = False) -> None:
+    def __init__(self, data: tp.TrainingSet, *, compute_metrics: bool = False) -> None:
         super().__init__()
         self.user_model = _tower(data.corpus.query_ids)
         self.item_model = _tower(data.corpus.candidate_ids)
@@ -80,7 +75,7 @@ class HybridTutorialModel(TutorialModel):
         data: As in `TutorialModel`.
     """
 
-    def __init__(self, data: TrainingSet) -> None:
+    def __init__(self, data: tp.TrainingSet) -> None:
         super().__init__(data)
         self.task = tp.HybridRetrieval()
         # The rows of the lookup are those of the samples: row 0 is the unknown item.
@@ -102,11 +97,11 @@ class HybridTutorialModel(TutorialModel):
         )
 
 
-def _texts(ids: Ids) -> list[str]:
+def _texts(ids: tp.Ids) -> list[str]:
     return ids.values.astype(str).tolist()
 
 
-def _tower(ids: Ids) -> tf.keras.Model:
+def _tower(ids: tp.Ids) -> tf.keras.Model:
     return tf.keras.Sequential(
         [
             tf.keras.layers.StringLookup(vocabulary=_texts(ids), mask_token=None),
@@ -115,7 +110,7 @@ def _tower(ids: Ids) -> tf.keras.Model:
     )
 
 
-def tutorial_batches(data: TrainingSet, *, corrected: bool = False) -> tf.data.Dataset:
+def tutorial_batches(data: tp.TrainingSet, *, corrected: bool = False) -> tf.data.Dataset:
     """Makes the tutorial's batches, in its order of calls, which repeats them in each epoch.
 
     Args:
@@ -139,13 +134,13 @@ def tutorial_batches(data: TrainingSet, *, corrected: bool = False) -> tf.data.D
 
 
 def fit_tutorial(
-    data: TrainingSet,
+    data: tp.TrainingSet,
     *,
     num_epochs: int,
     seed: int,
     corrected: bool = False,
     hybrid: bool = False,
-) -> ExactRetriever:
+) -> tp.ScoreRetriever:
     """Trains the tutorial's model.
 
     Args:
@@ -164,11 +159,12 @@ def fit_tutorial(
     return tutorial_retriever(model, data.corpus.candidate_ids)
 
 
-def tutorial_retriever(model: TutorialModel, candidate_ids: Ids) -> ExactRetriever:
+def tutorial_retriever(model: TutorialModel, candidate_ids: tp.Ids) -> tp.ScoreRetriever:
     """Makes a trained model a retriever; a query is a user's id, whatever the history."""
-
-    def embed_queries(queries: Sequence[Query]) -> np.ndarray:
-        return model.user_model(tf.constant([str(query["user_id"]) for query in queries])).numpy()
-
     candidates = model.item_model(tf.constant(_texts(candidate_ids))).numpy()
-    return ExactRetriever(candidate_ids.values, candidates, embed_queries)
+
+    def score(queries: Sequence[tp.Query]) -> np.ndarray:
+        users = tf.constant([str(query["user_id"]) for query in queries])
+        return model.user_model(users).numpy() @ candidates.T
+
+    return tp.ScoreRetriever(candidate_ids, score)

@@ -19,7 +19,9 @@ parts of cosmetics, toys, reviews and plays. The rule of the race was chosen on 
 
 Each function reads a folder with the files that it names, and says where they are published. The
 files stay out of this repository. `python benchmarks/unseen_logs.py --data-dir DIR --to FOLDER`
-writes FOLDER/NAME.parquet for every log whose folder DIR/NAME is there.
+writes FOLDER/NAME.parquet for every log whose folder DIR/NAME is there, with the part of each event
+in a split: by time, or with the last two events of each user held out. The clicks of `filmtrust`
+have no order: a random tenth of each user's validates, and a fifth is the test.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+import tfrs_pipeline as tp
 
 
 def amazon_days(folder: Path, name: str) -> pa.Table:
@@ -145,6 +148,22 @@ UNSEEN: dict[str, Callable[[Path], pa.Table]] = {
     "tagged": tagged,
     "filmtrust": filmtrust,
 }
+BY_TIME = ("cosmetics", "sports", "reviews", "baskets", "grocery", "tagged")
+# Where users return to the same items, so that a ranking excludes none.
+RETURNING = ("sessions", "views", "plays", "baskets", "tafeng", "tagged")
+
+
+def split(name: str, folder: Path) -> tp.Split:
+    """Reads and splits a log. A session that is split by time would have no history."""
+    table = UNSEEN[name](folder)
+    if name == "filmtrust":
+        order = np.random.default_rng(0).permutation(len(table))
+        log = tp.Log.from_table(table.take(order), reading=tp.Reading(is_ordered=False))
+        return log.split("last_share", validation=0.1, test=0.2)
+    log = tp.Log.from_table(table)
+    if name in BY_TIME:
+        return log.split("time")
+    return log.split("last_n", validation=1, test=1, min_positives=3)
 
 
 class _Lists(pickle.Unpickler):
@@ -173,9 +192,13 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True, help="Where to write the tables.")
     options = parser.parse_args()
     options.to.mkdir(parents=True, exist_ok=True)
-    for name, read in UNSEEN.items():
+    for name in UNSEEN:
         if (options.data_dir / name).is_dir():
-            pq.write_table(read(options.data_dir / name), options.to / f"{name}.parquet")
+            events = split(name, options.data_dir / name).events.order_by("event_number")
+            columns = ("user_id", "item_id", "timestamp", "stage", "part")
+            present = [column for column in columns if column in events.columns]
+            file = f"{name}, no order.parquet" if name == "filmtrust" else f"{name}.parquet"
+            events.select(*present).to_parquet(options.to / file)
 
 
 if __name__ == "__main__":

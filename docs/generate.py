@@ -46,6 +46,36 @@ ROOMS = {
     "config": "Settings of a run",
     "settings": "Errors of settings",
 }
+# Commit -> scripts of result files that were removed after it.
+LAST_COMMITS = {
+    "25d6e44f": ("dirty_inputs",),
+    "2c9c996c": ("sparse_sequences", "unbiased"),
+    "50fbddf7": ("paired_seeds",),
+    "68806fa8": ("losses",),
+    "6f31dd76": (
+        "corrections",
+        "dislikes",
+        "exposure",
+        "funnel",
+        "kuairand",
+        "live",
+        "loop",
+        "new_items",
+        "refresh",
+        "request",
+        "warm_start",
+    ),
+    "8efbb7e8": (
+        "optimizers",
+        "patience",
+        "rectools_speed",
+        "similar",
+        "step_cost",
+        "ties",
+        "times",
+    ),
+    "d279cefe": ("presets",),
+}
 # A heading alone on its line, and what is indented below it.
 SECTION = re.compile(r"^([A-Z][\w ]*):\n((?:(?: {4}.*)?(?:\n|\Z))+)", re.MULTILINE)
 
@@ -263,15 +293,24 @@ def commands() -> Iterator[str]:
 
 
 def result_files() -> Iterator[str]:
-    """Yields a table of the result files: commit, date, command and machine of each."""
+    """Yields a table of the result files: commit, date, command and machine of each.
+
+    Commands are without `--json FILE`. Where the script is gone, the newest commit that has it
+    follows.
+    """
+    last_commits = {name: commit for commit, names in LAST_COMMITS.items() for name in names}
     yield from ("| file | as of | command | cores, load |", "|---|---|---|---|")
     for path in RESULTS:
         record = json.loads(path.read_text())
-        as_of = f"{record['commit']}, {record['date']}" if "commit" in record else record["date"]
+        day = record["date"].split()[0]
+        as_of = f"{record['commit']}, {day}" if "commit" in record else day
         machine = record["machine"]
         load = f"{machine['num_cores']}, {machine['load_average_5_min']}"
         link = f"[{path.name}](../../benchmarks/results/{path.name})"
-        yield f"| {link} | {as_of} | `{record['command']}` | {load} |"
+        command = re.sub(r" --json \S+", "", record["command"])
+        script = command.split()[1]
+        at = "" if (ROOT / script).exists() else f" at {last_commits[Path(script).stem]}"
+        yield f"| {link} | {as_of} | `{command}`{at} | {load} |"
 
 
 def _bars(text: str) -> str:
