@@ -99,7 +99,8 @@ def transitions(problem: Problem) -> Retriever:
 def two_tower(problem: Problem) -> Retriever:
     corpus, network = Corpus(Ids(problem.candidate_ids), Ids(np.arange(NUM_USERS))), problem.network
     encoder, result = query_encoder(network, corpus), TrainingResult({}, 0, 0.0)
-    return tp.FittedTwoTower(PLAN.settings, PLAN.training, corpus, network, encoder, result)
+    no_log: Any = None
+    return tp.FittedTwoTower(PLAN.settings, PLAN.training, corpus, network, encoder, result, no_log)
 
 
 def fallback(problem: Problem) -> Retriever:

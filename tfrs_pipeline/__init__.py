@@ -44,7 +44,7 @@ _NAMES = {
     "model.loss": ("HybridRetrieval",),
     "model.network": ("TwoTowerNetwork",),
     "model.settings": ("TrainingSettings", "TwoTowerSettings"),
-    "model.sums": ("FittedSum", "Sum"),
+    "model.sums": ("FittedSum",),
     "model.two_tower": ("TwoTower",),
     "negatives.samplers": (
         "FunnelLosers",

@@ -120,9 +120,9 @@ def in_eager_steps() -> Iterator[None]:
         yield
 
 
-def untrained(plan: TwoTower, corpus: Corpus) -> FittedTwoTower:
-    """Returns a fitted model that has not trained a single step."""
+def untrained(plan: TwoTower, corpus: Corpus, log: Any = None) -> FittedTwoTower:
+    """Returns a fitted model that has not trained a single step; an export needs a log."""
     network = plan.build(corpus)
     encoder = query_encoder(network, corpus)
     result = TrainingResult({}, 0, 0.0)
-    return FittedTwoTower(plan.settings, plan.training, corpus, network, encoder, result)
+    return FittedTwoTower(plan.settings, plan.training, corpus, network, encoder, result, log)

@@ -80,23 +80,3 @@ def test_a_sum_with_ials_is_fitted_exported_and_asked(tmp_path: Path) -> None:
     assert not new[:6].any()
     assert new[6:].all()
     assert known.all()
-
-
-def test_ials_is_not_alone_where_a_tower_can_rank_for_new_users(tmp_path: Path) -> None:
-    train, validation, _ = LOG.split("last_n", validation=1, test=1)
-    data = TrainingSet.build(train, tmp_path / "samples", seed=0)
-    tower = untrained(tp.TwoTower(dim=4, history_length=3, history_pooling=["mean"]), data.corpus)
-    # What has learned nothing is worse on validation.
-    model = tp.Sum({"ials": SETTINGS, "towers": tower}).fit(train, validation)
-    assert next(iter(model.members)) == "towers"
-    _, scores = model.retrieve([{"history": []}], k=5)
-    assert len({*scores[0].tolist()}) == 5
-    assert [*tp.Sum({"ials": SETTINGS}).fit(train, validation).members] == ["ials"]
-
-
-def test_a_sum_without_a_log_or_a_regularization_for_ials_is_refused() -> None:
-    train, validation, _ = LOG.split("last_n", validation=1, test=1)
-    with pytest.raises(ValueError, match=r"needs a regularization above 0.*regularization=0"):
-        tp.Sum([tp.Ials(regularization=0)]).fit(train, validation)
-    with pytest.raises(TypeError, match="takes a Log"):
-        tp.Sum([SETTINGS]).fit(None, validation)

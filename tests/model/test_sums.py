@@ -1,6 +1,5 @@
 """The sum of models: its scores are the weighted sum of the members' scores, in every form."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -148,10 +147,10 @@ def members(module_path: Path) -> dict[str, tp.FittedTwoTower]:
             dim=6, history_length=2, history_pooling=["recency"], seed=2, candidate_bias=True
         ),
     }
-    built = {name: untrained(plan, data.corpus) for name, plan in plans.items()}
+    built = {name: untrained(plan, data.corpus, LOG) for name, plan in plans.items()}
     tower = built["recent"].network.candidate_tower
     tower._bias.embeddings.assign(RNG.normal(size=tower._bias.embeddings.shape))
-    return {name: dataclasses.replace(model, log=LOG) for name, model in built.items()}
+    return built
 
 
 QUERIES: list[dict[str, Any]] = [
@@ -252,7 +251,6 @@ def chosen(
         tp.metric_of(options.get("metric", "ndcg@10")),
         winner=winner,
         max_members=options.get("max_members", 5),
-        dim=options.get("dim"),
     )
 
 
@@ -300,7 +298,10 @@ def test_a_sum_has_at_most_so_many_members() -> None:
 
 def test_a_sum_is_chosen_at_the_dimensions_that_it_is_served_with() -> None:
     members = {str(seed): guess(seed, 0.6) for seed in range(3)}
-    choice = chosen(members, winner="0", dim=5)
+    left, values, right = np.linalg.svd(members["0"].queries, full_matrices=False)
+    members["0"] = Vectors(left[:, :5] * values[:5], right[:5].T)  # The winner has 5 dimensions.
+    choice = chosen(members, winner="0")
+    assert len(choice.weights) > 1
     served = projection(
         [members[name] for name in choice.weights],
         [weight / members[name].spread for name, weight in choice.weights.items()],
@@ -313,7 +314,6 @@ def test_a_sum_is_chosen_at_the_dimensions_that_it_is_served_with() -> None:
     ranks = (scores > own[:, np.newaxis]).sum(axis=1)
     gains = np.where(ranks < 10, 1 / np.log2(ranks + 2.0), 0)
     assert choice.summed == pytest.approx(gains.mean())
-    assert choice.alone < chosen(members, winner="0").alone  # The winner is rotated too.
 
 
 def ruined_from(num_members: int) -> Callable[..., Projection]:
@@ -350,69 +350,32 @@ def test_a_sum_that_its_rotation_ruins_is_not_kept(monkeypatch: pytest.MonkeyPat
     assert choice.weights == {"a": 1.0}
 
 
-@pytest.mark.usefixtures("in_eager_steps")
-def test_a_sum_in_python_fits_chooses_and_exports(tmp_path: Path) -> None:
-    train, validation, test = LOG.split("last_n", validation=1, test=1)
-    training = tp.TrainingSettings(batch_size=32, max_epochs=2, monitor="ndcg@5")
-    plans = [
-        tp.TwoTower(dim=4, seed=seed, training=training, negatives=[tp.Uniform(8)])
-        for seed in (0, 1)
-    ]
-    summed = tp.Sum(plans, dim=6, metric="ndcg@5").fit(train, validation, folder=tmp_path)
-    assert set(summed.weights) <= {"model 1", "model 2"}
-    assert summed.notes
-    # Those that it has fitted, read from where it keeps them.
-    fitted = {
-        name: plan.fit(train, validation, folder=tmp_path / name)
-        for name, plan in zip(("model 1", "model 2"), plans, strict=True)
-    }
-    by_hand = tp.Sum(fitted, dim=6, metric="ndcg@5").fit(None, validation)
-    assert by_hand.weights == summed.weights
-    np.testing.assert_array_equal(by_hand.corpus_embeddings(), summed.corpus_embeddings())
-    weights = {"model 1": 1.0, "model 2": 0.5}
-    model = tp.FittedSum.of(fitted, weights, QUERIES, dim=6)
+def test_the_vectors_of_a_sum_are_measured_as_it_ranks(members: Members) -> None:
+    model = tp.FittedSum.of(members, {"means": 1.0, "recent": 0.5}, QUERIES, dim=6)
     assert model.query_embeddings([{}]).shape == (1, 6)
-    # By a second route: the products of the sum's vectors.
+    test = LOG.split("last_n", validation=1, test=1).test
     metric, truth = tp.metric_of("recall@5"), Truth.of(test, "clicked")
     vectors = model.query_embeddings(truth.queries), model.corpus_embeddings()
     by_hand = measure_vectors(*vectors, truth, metric)
     measured = tp.evaluate(model, test, metrics=[metric]).first
     np.testing.assert_array_equal(by_hand, measured.per_query["recall@5"])
-    # An Exportable is summed as the model itself.
-    exportable = {**fitted, "model 2": fitted["model 2"].exportable()}
-    ids, _ = tp.FittedSum.of(exportable, weights, QUERIES, dim=6).retrieve(QUERIES, k=5)
-    np.testing.assert_array_equal(ids, model.retrieve(QUERIES, k=5)[0])
 
 
 def test_a_sum_has_a_bonus_of_its_own(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
     _, validation, _ = LOG.split("last_n", validation=1, test=1)
     bonus = HistoryBonus(RepeatBonus(3.0, 0.5, 0.0))
     monkeypatch.setattr(
-        fitted_model, "bonus_for", lambda *arguments: bonus if arguments[4] == "none" else None
+        fitted_model, "bonus_for", lambda *arguments: bonus if arguments[3] == "none" else None
     )
-    model = tp.Sum(members).fit(None, validation, exclude="none")
+    summed = tp.FittedSum.of(members, {"means": 1.0, "recent": 0.6}, QUERIES)
+    model = summed.with_bonus(validation, "none", seed=0)
     assert model.bonus == bonus
     exported = model.exportable().bonus
     assert exported is not None
     assert exported.repeats == bonus.repeats
-    assert tp.Sum(members).fit(None, validation).bonus is None
+    assert summed.with_bonus(validation, "clicked", seed=0).bonus is None
     own = model.retrieve([{"history": [10]}], k=1)[0]
     assert own.tolist() == [[10]]
-
-
-@pytest.mark.parametrize(
-    ("members", "options", "message"),
-    [
-        ([3], {}, "adds up tp.TwoTower.*model 1: 3"),
-        ([tp.TwoTower()], {"metric": "ndgc@20"}, "metric must be .*did you mean 'ndcg@20'"),
-        ([tp.TwoTower()], {"dim": 0}, "dim must be a whole number, 1 or more"),
-        ([], {}, "needs models in a list, or by name"),
-        (tp.TwoTower(), {}, "needs models in a list, or by name"),
-    ],
-)
-def test_wrong_sums_are_refused(members: Any, options: Any, message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
-        tp.Sum(members, **options)
 
 
 def test_a_metric_of_all_lists_together_chooses_without_an_interval() -> None:

@@ -154,7 +154,9 @@ def test_a_query_comes_when_its_first_positive_does(split: Split) -> None:
 
 def test_who_reads_no_times_is_as_without(timed: TrainingSet) -> None:
     corpus = replace(timed.corpus, has_times=False)
-    plain = TrainingSet(replace(timed.samples, sequence_times=None), corpus, timed.report)
+    plain = TrainingSet(
+        replace(timed.samples, sequence_times=None), corpus, timed.report, timed.log
+    )
     by_sets = {"history_pooling": ("attention", "recency"), "training": {"examples": "sets"}}
     for options in ({"history_pooling": ("mean",)}, by_sets):
         weights = []

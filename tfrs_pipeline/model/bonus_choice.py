@@ -40,7 +40,6 @@ def item_graph(log: Log, user_ids: np.ndarray, item_ids: np.ndarray, kind: str) 
 
 def bonus_for(
     model: Any,
-    log: Log | None,
     training: TrainingSettings,
     validation: Holdout,
     exclude: Exclude,
@@ -48,18 +47,15 @@ def bonus_for(
 ) -> HistoryBonus | None:
     """Chooses a model's bonus on the queries that validation ranks after each epoch.
 
-    Neighbours are those in `log`; without one, there are none. Returns None, for no bonus, if
-    `training.history_bonus` is off, or if no bonus is better than none. The chief decides for all
-    workers.
+    Neighbours are those in the model's log. Returns None, for no bonus, if `training.history_bonus`
+    is off, or if no bonus is better than none. The chief decides for all workers.
     """
     if not training.history_bonus:
         return None
     sample = validation.sample(training.validation_users, seed)
-    graphs: dict[str, ItemGraph] = {}
-    if log is not None:
-        users, items = Ids(model.query_ids), Ids(model.candidate_ids)
-        histories, _, _ = latest_histories(log, users, items)
-        graphs = {kind: ItemGraph.build(histories, len(items), kind) for kind in KINDS}
+    users, items = Ids(model.query_ids), Ids(model.candidate_ids)
+    histories, _, _ = latest_histories(model.log, users, items)
+    graphs = {kind: ItemGraph.build(histories, len(items), kind) for kind in KINDS}
 
     def choose() -> dict[str, Any] | None:
         queries = model.query_embeddings(sample.as_queries())

@@ -109,7 +109,7 @@ class TrainingSet:
     samples: Samples
     corpus: Corpus
     report: Mapping[str, Any]
-    log: Log | None = None  # An export needs it; None for samples of other origin.
+    log: Log
 
     @classmethod
     def build(

@@ -141,11 +141,6 @@ class Exportable:
                 if name == "histories" and times is not None:
                     object.__setattr__(self, "history_times", np.asarray(times)[is_known])
 
-    @property
-    def towers(self) -> "Exportable":
-        """The model itself, as a member of a sum."""
-        return self
-
     def exportable(self) -> "Exportable":
         """Returns the model itself, as a fitted model returns its `Exportable`."""
         return self

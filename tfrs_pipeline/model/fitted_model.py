@@ -78,14 +78,14 @@ class Fitted:
     """A fitted model: a retriever to evaluate, to export, and to sum with others.
 
     Attributes:
-        log: The log that it was fitted to, which an export needs; None for samples alone.
+        log: The log that it was fitted to.
         bonus: What is added to the scores of the items in a query's history, and of what people
             took near them; None is nothing.
         notes: Lines for the user.
     """
 
-    log: Log | None
-    bonus: HistoryBonus | None
+    log: Log
+    bonus: HistoryBonus | None = None
     notes: list[str]
 
     @property
@@ -141,23 +141,14 @@ class Fitted:
 
         None is chosen if `training.history_bonus` is off; in a sum, that of the first member.
         """
-        # The first member may be of another package.
-        training = getattr(self.first, "training", None) or TrainingSettings()
-        bonus = bonus_for(self, self.log, training, validation, exclude, seed)
+        bonus = bonus_for(self, self.first.training, validation, exclude, seed)
         if bonus is None:
             return self
         model: Any = self  # Each subclass is a dataclass.
         return dataclasses.replace(model, bonus=bonus, notes=[*self.notes, *bonus.notes])
 
     def exportable(self) -> Exportable:
-        """Gathers what an export holds: the towers and the whole log, test part included.
-
-        Raises a `ValueError` if the model was fitted to samples without their log.
-        """
-        if self.log is None:
-            raise ValueError(
-                "The model was fitted to samples that name no log, so it knows no items."
-            )
+        """Gathers what an export holds: the towers and the whole log, test part included."""
         # The graph of an export is that of the whole log.
         bonus = self.bonus and dataclasses.replace(self.bonus, graph=None)
         return dataclasses.replace(with_log(self.towers, self.log), bonus=bonus)
@@ -174,8 +165,8 @@ class FittedTwoTower(Fitted):
         network: The Keras model, with its best weights.
         encoder: Embeds raw queries with the network.
         result: How training went.
+        log: The log that it was fitted to.
         notes: Lines for the user: what was masked, and what is never drawn.
-        log: The log that it was fitted to, which an export needs; None for samples alone.
         bonus: What is added to the scores of the items in a query's history, and of what people
             took near them; None is nothing.
     """
@@ -186,8 +177,8 @@ class FittedTwoTower(Fitted):
     network: TwoTowerNetwork
     encoder: QueryEncoder
     result: TrainingResult
+    log: Log
     notes: list[str] = field(default_factory=list)
-    log: Log | None = None
     bonus: HistoryBonus | None = None
 
     def __repr__(self) -> str:

@@ -2,19 +2,16 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.data.log import Log, check_log
+from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.evaluation.baselines import Ials
 from tfrs_pipeline.evaluation.interactions import Interactions
-from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fitted_model import Fitted
 from tfrs_pipeline.model.tf_tables import stored
-from tfrs_pipeline.search.history_bonus import HistoryBonus
 
 # How many of the most recent items of a history count. As a baseline, iALS reads all.
 HISTORY_LENGTH = 200
@@ -61,30 +58,18 @@ class FittedIals(Fitted):
         settings: The settings of the factorization.
         log: The log that it was fitted to.
         vectors: [1 + num_items, D] float32, z of each candidate row; row 0 is 0.
-        bonus: As in `FittedTwoTower`.
-
-    Example:
-        `Sum` fits one::
-
-            both = tp.Sum([two_tower, tp.Ials()]).fit(train, validation)
     """
 
     settings: Ials
     log: Log
     vectors: np.ndarray
-    bonus: HistoryBonus | None = None
 
     @classmethod
-    def fit(cls, settings: Ials, train: Log | TrainingSet) -> "FittedIals":
+    def fit(cls, settings: Ials, log: Log) -> "FittedIals":
         """Factorizes the positives of a log; the same log and settings give the same vectors.
 
-        Raises a `TypeError` if `train` is neither a log nor the training set of one, and a
-        `ValueError` if there is no regularization: then Y'Y may have no inverse.
+        The settings need a regularization above 0: without one, Y'Y may have no inverse.
         """
-        if settings.regularization <= 0:
-            raise ValueError(f"In a sum, iALS needs a regularization above 0. Received: {settings}")
-        log: Any = train.log if isinstance(train, TrainingSet) else train
-        check_log(log)
         factors = settings.factorize(Interactions.of(log)).item_factors
         moments = (factors.T @ factors).astype(np.float64)
         moments += settings.regularization * np.eye(len(moments))

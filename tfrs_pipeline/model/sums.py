@@ -8,30 +8,22 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
-from urllib.parse import quote
 
 import numpy as np
 import scipy.linalg
 import tensorflow as tf
 
-from tfrs_pipeline.data.held_out_queries import Holdout, check_holdout
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.data.schema import Exclude
-from tfrs_pipeline.evaluation.baselines import Ials
 from tfrs_pipeline.evaluation.bootstrap import Interval, mean_interval
 from tfrs_pipeline.evaluation.evaluate import Truth, measure_vectors
-from tfrs_pipeline.evaluation.metrics import Metric, metric_of
+from tfrs_pipeline.evaluation.metrics import Metric
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import Fitted, FittedTwoTower, encoder_of
-from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.tf_tables import embed_corpus
-from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.search.history_bonus import HistoryBonus
 
@@ -167,10 +159,6 @@ def _rounded(matrices: Sequence[tuple[np.ndarray, np.ndarray]], num_biases: int)
     return Projection(pairs, bool(num_biases))
 
 
-Member: TypeAlias = Fitted | Exportable
-"""What can be summed: a fitted model, or another package's."""
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class FittedSum(Fitted):
     """The weighted sum of fitted models: a retriever to evaluate, to export, and to serve.
@@ -187,7 +175,7 @@ class FittedSum(Fitted):
             took near them; None is nothing.
     """
 
-    members: Mapping[str, Member]
+    members: Mapping[str, Fitted]
     weights: Mapping[str, float]
     projection: Projection
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -196,7 +184,7 @@ class FittedSum(Fitted):
     @classmethod
     def of(
         cls,
-        members: Mapping[str, Member],
+        members: Mapping[str, Fitted],
         weights: Mapping[str, float],
         queries: Sequence[Query],
         dim: int | None = None,
@@ -222,9 +210,10 @@ class FittedSum(Fitted):
         return next(iter(self.members.values()))
 
     @property
-    def log(self) -> Log | None:  # type: ignore[override]
-        """The log of the first member; None for a model of another package."""
-        return getattr(self.first, "log", None)
+    def log(self) -> Log:  # type: ignore[override]
+        """The log of the first member."""
+        log: Log = self.first.log
+        return log
 
     @property
     def result(self) -> TrainingResult:
@@ -234,23 +223,6 @@ class FittedSum(Fitted):
     def __repr__(self) -> str:
         parts = (f"{weight:g} {name}" for name, weight in self.weights.items())
         return f"FittedSum({' + '.join(parts)})"
-
-    def exportable(self) -> Exportable:
-        """Gathers what an export holds: all members' towers, and the whole log."""
-        # All members have the same log, which is read once, with times if any member reads them.
-        is_timed = self.towers.history_times is not None
-        whole = next(
-            member.exportable()
-            for member in self.members.values()
-            if not is_timed or member.towers.history_times is not None
-        )
-        names = "items", "histories", "known_positives", "disliked", "history_times"
-        log_fields: dict[str, Any] = {
-            name: getattr(whole, name)
-            for name in (*names, "histories_until", "reading", "items_read", "exclude")
-        }
-        bonus = self.bonus and dataclasses.replace(self.bonus, graph=None)
-        return dataclasses.replace(self.towers, bonus=bonus, **log_fields)
 
     @functools.cached_property
     def towers(self) -> Exportable:
@@ -313,7 +285,7 @@ def _features_argument(features: Iterable[Feature], inputs: Mapping[str, Any]) -
     return {"features": read} if read else {}
 
 
-def vectors_of(member: Member, queries: Sequence[Query], items: Ids | None = None) -> Vectors:
+def vectors_of(member: Fitted, queries: Sequence[Query], items: Ids | None = None) -> Vectors:
     """Embeds queries with a member, and its candidates, or `items` in their order.
 
     Items that the member lacks get zeros.
@@ -326,10 +298,8 @@ def vectors_of(member: Member, queries: Sequence[Query], items: Ids | None = Non
     return Vectors(encoder_of(towers)(queries), candidates, towers.has_item_bias)
 
 
-def check_members(members: Mapping[str, Member]) -> None:
+def check_members(members: Mapping[str, Fitted]) -> None:
     """Raises a `ValueError` if members differ in items, users, or a feature of the same name."""
-    if not members:
-        raise ValueError("A sum needs one model or more. Received: none.")
     (first_name, first), *others = ((name, member.towers) for name, member in members.items())
     for name, other in others:
         for what, first_ids, other_ids in (
@@ -342,16 +312,13 @@ def check_members(members: Mapping[str, Member]) -> None:
                     f"{first_name}. Received: {len(other_ids):,} and {len(first_ids):,} {what}."
                 )
         for side in _SIDES:
-            first_features, other_features = (
-                {feature.name: feature for feature in getattr(towers, side)}
-                for towers in (first, other)
-            )
-            shared = first_features.keys() & other_features
-            if wrong := [key for key in shared if first_features[key] != other_features[key]]:
-                raise ValueError(
-                    f"A sum encodes each feature once, but {first_name} and {name} have fitted "
-                    f"{wrong[0]!r} differently: fit both to one log."
-                )
+            by_name = {feature.name: feature for feature in getattr(first, side)}
+            for feature in getattr(other, side):
+                if by_name.get(feature.name, feature) != feature:
+                    raise ValueError(
+                        f"A sum encodes each feature once, but {first_name} and {name} have fitted "
+                        f"{feature.name!r} differently: fit both to one log."
+                    )
 
 
 Model: TypeAlias = FittedTwoTower | FittedSum
@@ -366,7 +333,7 @@ class Choice:
         weights: Weights of the members by name. The best model comes first, with 1; it is the only
             one if no sum improved on it, or the rotated sum was worse.
         metric: The name of the metric that decided.
-        alone: Mean of the metric for the best model alone, at the dimensions of the sum.
+        alone: Mean of the metric for the best model alone.
         summed: Mean for the sum, rotated.
         unrotated: Mean for the sum before it is rotated.
         difference: The sum, rotated, minus the best model alone, paired by query.
@@ -415,12 +382,11 @@ def choose(
     *,
     winner: str,
     max_members: int,
-    dim: int | None = None,
 ) -> Choice:
     """Chooses the weights of a sum on validation, one member after another.
 
     The winner, which is the best model alone, comes first. As long as one more member makes the sum
-    better after its rotation to `dim` dimensions, the best one joins with the best of
+    better after its rotation to the winner's dimensions, the best one joins with the best of
     `WEIGHTS`; on fewer than `MIN_QUERIES` queries, with 1. Better is the mean, not the interval,
     since the winner's value is the best of many epochs on the same queries, which flatters it
     (docs/explanation/tried.md).
@@ -431,9 +397,8 @@ def choose(
         metric: The metric that decides; more is better.
         winner: Name of the best member alone.
         max_members: Most members of the sum, the winner included.
-        dim: Most dimensions of what is served; None takes the winner's.
     """
-    dim = dim or members[winner].candidates.shape[1]
+    dim = members[winner].candidates.shape[1]
     spreads = {name: vectors.spread for name, vectors in members.items()}
 
     def measured(weights: Mapping[str, float], dim: int | None = None) -> np.ndarray:
@@ -445,9 +410,8 @@ def choose(
     def mean(weights: Mapping[str, float], dim: int | None = None) -> float:
         return float(np.nanmean(measured(weights, dim)))
 
-    # Rotated too if `dim` is smaller than the winner's, since that would be served.
-    alone = measured({winner: 1.0}, dim)
-    weights, best_mean = {winner: 1.0}, float(np.nanmean(alone))
+    weights, alone = {winner: 1.0}, measured({winner: 1.0})
+    best_mean = before = float(np.nanmean(alone))
     grid = WEIGHTS if len(truth.queries) >= MIN_QUERIES else (1.0,)
     while len(weights) < min(max_members, len(members)):
         left = [name for name in members if name not in weights]
@@ -460,109 +424,8 @@ def choose(
         weights = extended[means.index(best_mean)]
     unrotated, rotated = mean(weights), measured(weights, dim)
     difference = mean_interval(rotated - alone, truth.user_ids)
-    before, after = (float(np.nanmean(values)) for values in (alone, rotated))
     without = {
         name: mean({other: weights[other] for other in weights if other != name}, dim)
         for name in (weights if len(weights) > 1 else ())
     }
-    return Choice(weights, str(metric), before, after, unrotated, difference, without)
-
-
-class Sum:
-    """The weighted sum of several models, before it is fitted.
-
-    Validation chooses which are summed, and with which weights; `FittedSum.of` takes weights that
-    you choose. iALS is never alone if there is another member: it gives all items the score 0 where
-    nothing is clicked yet.
-
-    Args:
-        members: Models by name, or in a list: each a `TwoTower` or an `Ials`, which `fit` fits,
-            what `TwoTower.fit` returns, or the `Exportable` of another model.
-        dim: Most dimensions of the sum's vectors; None takes those of the first member.
-        metric: The metric that chooses weights.
-
-    Example:
-        The sum of two models, at the index size of one::
-
-            two_tower = tp.TwoTower(**sequence_settings)
-            model = tp.Sum([two_tower, other_model]).fit(train, validation)
-            tp.evaluate({"sum": model, "other": other_model}, test)
-            tp.export(model, "saved_models/videos")
-    """
-
-    def __init__(
-        self,
-        members: Mapping[str, TwoTower | Ials | Member] | Sequence[TwoTower | Ials | Member],
-        *,
-        dim: int | None = None,
-        metric: str = "ndcg@100",
-    ) -> None:
-        if not isinstance(members, Mapping | Sequence) or not members:
-            raise TypeError(f"A sum needs models in a list, or by name. Received: {members!r:.200}")
-        if not isinstance(members, Mapping):
-            members = {f"model {number}": member for number, member in enumerate(members, 1)}
-        for name, member in members.items():
-            if not isinstance(member, TwoTower | Ials) and not hasattr(member, "towers"):
-                raise TypeError(
-                    f"A sum adds up tp.TwoTower, what its fit returns, tp.Ials as it is before its "
-                    f"fit, or tp.Exportable. "
-                    f"Received as {name}: {member!r:.200}"
-                )
-        if dim is not None:
-            check_integer(1, dim=dim)
-        self.members, self.dim = dict(members), dim
-        try:
-            self.metric = metric_of(metric)
-        except ValueError as error:
-            raise ValueError(f"metric {error}. Received: {metric!r}") from None
-
-    def fit(
-        self,
-        train: Any,
-        validation: Holdout,
-        *,
-        exclude: Exclude = "clicked",
-        folder: Path | str | None = None,
-        verbose: bool | None = None,
-    ) -> FittedSum:
-        """Fits the members that are not fitted yet, and sums all; see `TwoTower.fit`.
-
-        The queries of `validation` give the scale of each member's scores and the rotation, and
-        choose the weights. A `TypeError` if a member is to be fitted without
-        `train`, or if `validation` is no holdout; a `ValueError` if the members have other items,
-        users or features.
-        """
-        check_holdout(validation)
-        fitted: dict[str, Member] = {}
-        for name, member in self.members.items():
-            if isinstance(member, TwoTower):
-                fitted[name] = member.fit(
-                    train,  # `fit` refuses what is no log.
-                    validation,
-                    exclude=exclude,
-                    folder=None if folder is None else Path(folder) / quote(name, safe=" "),
-                    verbose=verbose,
-                )
-            elif isinstance(member, Ials):
-                fitted[name] = FittedIals.fit(member, train)
-            else:
-                fitted[name] = member
-        truth = Truth.of(validation, exclude)
-        check_members(fitted)
-        vectors = {
-            name: vectors_of(member, truth.queries, truth.items) for name, member in fitted.items()
-        }
-        means = {
-            name: np.nanmean(measure_vectors(queries, candidates, truth, self.metric))
-            for name, (queries, candidates, _) in vectors.items()
-        }
-        # The first member has to rank for users without a click.
-        towers = [name for name in means if not isinstance(fitted[name], FittedIals)]
-        best = max(towers or means, key=lambda name: means[name])
-        choice = choose(
-            vectors, truth, self.metric, winner=best, max_members=len(fitted), dim=self.dim
-        )
-        chosen = {name: fitted[name] for name in choice.weights}
-        summed = FittedSum.of(chosen, choice.weights, truth.queries, self.dim)
-        summed = dataclasses.replace(summed, notes=choice.lines())
-        return summed.with_bonus(validation, exclude, seed=0)
+    return Choice(weights, str(metric), before, best_mean, unrotated, difference, without)

@@ -283,7 +283,7 @@ class TwoTower(TwoTowerSettings):
                 *describe_data(data, batches, self, self.training),
             ]
         return FittedTwoTower(
-            self.settings, self.training, corpus, network, encoder, result, notes, data.log
+            self.settings, self.training, corpus, network, encoder, result, data.log, notes
         )
 
     def batches(self, samples: Samples) -> HybridBatches:

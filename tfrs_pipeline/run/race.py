@@ -292,12 +292,11 @@ class _Racing:
         """Reads back the model of a recipe, as trained so far; fits iALS."""
         if name == IALS:
             self._run.progress.task(name, 0, 0)
-            return FittedIals.fit(Ials(seed=self._run.config.seed), self._data)
+            return FittedIals.fit(Ials(seed=self._run.config.seed), self._data.log)
         return self._fit(Turn(name, len(self.curves[name].values), f"reads {name}"))[0]
 
     def refuse_other_trainings(self) -> None:
         """Refuses trainings of other settings, which a race in Python may find in its folder."""
-        assert self._data.log is not None  # A race's samples come from a log.
         for name, config in self.configs.items():
             folder = self._folder_of(name)
             folder.mkdir(parents=True, exist_ok=True)

@@ -18,10 +18,10 @@ from tfrs_pipeline.model.checkpoints import read_epoch
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import training_strategy
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.model.fitted_model import FittedTwoTower, query_encoder
+from tfrs_pipeline.model.fitted_model import Fitted, FittedTwoTower, query_encoder
 from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.optimizer import make_optimizer
-from tfrs_pipeline.model.sums import FittedSum, Member, Model
+from tfrs_pipeline.model.sums import FittedSum, Model
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import WarmStart
 from tfrs_pipeline.run.data import RunData
@@ -171,12 +171,12 @@ def train_sum(run: RunContext, ensemble: Ensemble, data: RunData, name: str = MO
     queries = queries_of(config, data.validation).queries
 
     def fit(data: RunData, *, is_tested: bool) -> FittedSum:
-        members: dict[str, Member] = {}
+        members: dict[str, Fitted] = {}
         notes: list[str] = []
         for name in ensemble.weights:
             if name == IALS:
                 run.progress.task(name, 0, 0)
-                members[name] = FittedIals.fit(Ials(seed=config.seed), data.final)
+                members[name] = FittedIals.fit(Ials(seed=config.seed), data.final.log)
                 notes.append(f"{name}: fitted anew; an item without a positive has the vector 0")
                 continue
             # That of the first is for the test of it alone.
@@ -258,7 +258,7 @@ def trained_in(
     saved = read_epoch(network, config.training, checkpoints / step, best_epoch)
     result = TrainingResult(saved["history"], best_epoch, saved["seconds"])
     encoder = query_encoder(network, corpus)
-    model = FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log=log)
+    model = FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log)
     return _with_bonus(model, bonus and HistoryBonus.read(bonus, None), split)
 
 
