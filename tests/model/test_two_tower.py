@@ -63,12 +63,13 @@ class OwnQueries(tf.keras.layers.Layer):
     def call(self, inputs: dict[str, Any], training: bool = False) -> tf.Tensor:
         vectors = self.table(inputs["history_rows"] % 64)
         is_item = (inputs["history_rows"] > 0)[:, :, tf.newaxis]
-        # AutoGraph converts custom towers, so they may branch on tensors.
+        return tf.reduce_sum(self.masked(vectors, is_item), axis=1)
+
+    @tf.function  # Without it, a tower may not branch on tensors.
+    def masked(self, vectors: tf.Tensor, is_item: tf.Tensor) -> tf.Tensor:
         if tf.reduce_any(is_item):
-            vectors = tf.where(is_item, vectors, 0.0)
-        else:
-            vectors = tf.zeros_like(vectors)
-        return tf.reduce_sum(vectors, axis=1)
+            return tf.where(is_item, vectors, 0.0)
+        return tf.zeros_like(vectors)
 
 
 def share_of_own_taste(model: tp.FittedTwoTower) -> float:

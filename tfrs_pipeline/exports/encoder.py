@@ -16,7 +16,7 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.raw import NO_TIME
 from tfrs_pipeline.model import tf_tables
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.tf_tables import lookup, stored, traced
+from tfrs_pipeline.model.tf_tables import feature_argument, lookup, stored, traced
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.search.exclusions import left_out, rule_with
@@ -130,7 +130,7 @@ class Encoder(tf.Module):
         # Cut and padded to the length of training, so that the graph has one shape.
         length = model.history_length
         recent = histories[:, :length].to_tensor(shape=[None, length])
-        arguments: dict[str, Any] = _feature_argument(features)
+        arguments = feature_argument(features)
         if times is not None:
             item_times = times[:, :length].to_tensor(np.nan, shape=[None, length])
             arguments["history_times"] = _relative(
@@ -174,7 +174,7 @@ class Encoder(tf.Module):
         rows = lookup(self._candidate_rows, item_id)
         features = _encoded(self._features["candidate"], raw)
         return {
-            "embeddings": self._model().embed_candidates(rows, **_feature_argument(features)),
+            "embeddings": self._model().embed_candidates(rows, **feature_argument(features)),
             "is_known_item": rows > 0,
         }
 
@@ -187,7 +187,7 @@ def without_users(model: Exportable) -> Exportable:
     # Spread over all rows: users without a positive in training have no embedding.
     rows = np.unique(np.linspace(0, len(model.query_ids), 1000, dtype=np.int32))
     history = tf.zeros([len(rows), model.history_length], tf.int32)
-    missing = _feature_argument(_missing_features(model, len(rows)))
+    missing = feature_argument(_missing_features(model, len(rows)))
     embedded = model.embed_queries(rows, history, **missing).numpy()
     # Rows of one matrix product may differ in their last bits.
     if not np.allclose(embedded, embedded[:1], rtol=1e-4, atol=1e-5):
@@ -211,11 +211,6 @@ def _missing_features(model: Exportable, num_rows: tf.Tensor | int) -> dict[str,
 def _encoded(features: Sequence[Feature], raw: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     values = {name: raw[spec.name] for name, spec in raw_signature(features).items()}
     return graph.encode_raw(features, values)
-
-
-def _feature_argument(features: Mapping[str, tf.Tensor]) -> dict[str, Mapping[str, tf.Tensor]]:
-    """Returns the argument `features`, or none: without features, functions do not take it."""
-    return {"features": features} if features else {}
 
 
 def _relative(times: tf.Tensor) -> tf.Tensor:

@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import tensorflow as tf
@@ -22,38 +21,29 @@ def write_towers(model: Exportable, folder: Path) -> None:
     A tower with an operation that LiteRT lacks is saved for TensorFlow, and a warning says so: a
     service then needs TensorFlow.
     """
-    _write(folder, QUERY_TOWER, model.embed_queries, model.inputs.tower_inputs, model)
-    candidate = candidate_inputs(model.candidate_features)
-    _write(folder, CANDIDATE_TOWER, model.embed_candidates, candidate, model)
-
-
-def _write(
-    folder: Path,
-    name: str,
-    embed: Callable[..., tf.Tensor],
-    inputs: Mapping[str, tuple[Sequence[int | None], str]],
-    model: Exportable,
-) -> None:
-    module = tf.Module(name=name)
-    traced = tower_function(embed, inputs)
-    setattr(module, EMBED, traced)
-    function = traced.get_concrete_function()
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([function], module)
+    inputs = model.inputs.tower_inputs, candidate_inputs(model.candidate_features)
+    functions = map(tower_function, (model.embed_queries, model.embed_candidates), inputs)
     log = logging.getLogger("tensorflow")
     level = log.level
-    try:
-        log.setLevel(logging.ERROR)  # It warns of collections that no tower has.
-        with quiet_natives():
-            converted = converter.convert()
-        (folder / f"{name}{LITERT_SUFFIX}").write_bytes(converted)
-    except Exception as error:  # The converter raises whatever its parts do.
-        reason = re.search("error: (.+)", str(error))  # The first: what follows is its trace.
-        logger.warning(
-            "LiteRT cannot run the %s tower, so whoever serves this model needs TensorFlow: %.300s",
-            name,
-            reason[1] if reason else error,
-        )
-        module.held = list(model.variables)  # Tracked, so that they are saved.
-        tf.saved_model.save(module, str(folder / name))
-    finally:
-        log.setLevel(level)
+    for name, traced in zip((QUERY_TOWER, CANDIDATE_TOWER), functions, strict=True):
+        module = tf.Module(name=name)
+        setattr(module, EMBED, traced)
+        function = traced.get_concrete_function()
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([function], module)
+        try:
+            log.setLevel(logging.ERROR)  # It warns of collections that no tower has.
+            with quiet_natives():
+                converted = converter.convert()
+            (folder / f"{name}{LITERT_SUFFIX}").write_bytes(converted)
+        except Exception as error:  # The converter raises whatever its parts do.
+            reason = re.search("error: (.+)", str(error))  # The first: what follows is its trace.
+            logger.warning(
+                "LiteRT cannot run the %s tower, so whoever serves this model needs TensorFlow: "
+                "%.300s",
+                name,
+                reason[1] if reason else error,
+            )
+            module.held = list(model.variables)  # Tracked, so that they are saved.
+            tf.saved_model.save(module, str(folder / name))
+        finally:
+            log.setLevel(level)

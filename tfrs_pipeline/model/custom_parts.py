@@ -1,6 +1,5 @@
 """Custom kinds of negatives and towers, a user's own: recognizes, checks and names them."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,22 +68,7 @@ def own_layer(name: str, tower: Any, corpus: Corpus) -> tf.keras.layers.Layer:
             "change that model. Give a new model a new layer, or a function of the corpus that "
             "makes one; a frozen layer (trainable=False) may be shared."
         )
-    if "call" not in vars(layer):  # It may have been given to a model before.
-        layer.call = _with_autograph(layer.call)
     return layer
-
-
-def _with_autograph(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a call branch on tensors in graphs, although those here are made without AutoGraph."""
-    # Outside of graphs, this is the state in which a function and what it calls are converted.
-    state = tf.__internal__.autograph.control_status_ctx()
-    in_graph = tf.__internal__.autograph.tf_convert(call, state)
-
-    @functools.wraps(call)
-    def either(*args: Any, **kwargs: Any) -> Any:
-        return (call if tf.executing_eagerly() else in_graph)(*args, **kwargs)
-
-    return either
 
 
 def tables_in(*towers: tf.keras.layers.Layer) -> list[Any]:

@@ -23,7 +23,7 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import Fitted, FittedTwoTower, encoder_of
-from tfrs_pipeline.model.tf_tables import embed_corpus
+from tfrs_pipeline.model.tf_tables import embed_corpus, feature_argument
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.search.history_bonus import HistoryBonus
 
@@ -281,8 +281,8 @@ class FittedSum(Fitted):
 def _features_argument(features: Iterable[Feature], inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the argument `features` of a member, with those that it reads; {} if it has none."""
     encoded = inputs.get("features") or {}
-    read = {feature.name: encoded[feature.name] for feature in features if feature.name in encoded}
-    return {"features": read} if read else {}
+    names = [feature.name for feature in features if feature.name in encoded]
+    return feature_argument({name: encoded[name] for name in names})
 
 
 def vectors_of(member: Fitted, queries: Sequence[Query], items: Ids | None = None) -> Vectors:

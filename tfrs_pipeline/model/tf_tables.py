@@ -17,15 +17,10 @@ def id_dtype(ids: np.ndarray) -> tf.DType:
     return tf.int64 if ids.dtype == np.int64 else tf.string
 
 
-def empty_id(dtype: tf.DType) -> Any:
-    """Returns the id of an empty slot: -1 or ""."""
-    return -1 if dtype == tf.int64 else ""
-
-
 def with_empty(ids: np.ndarray) -> tf.Tensor:
-    """Returns [n + 1] ids by row, the empty id in row 0."""
+    """Returns [n + 1] ids by row, the empty id, -1 or "", in row 0."""
     dtype = id_dtype(ids)
-    return tf.constant([empty_id(dtype), *ids.tolist()], dtype)
+    return tf.constant([-1 if dtype == tf.int64 else "", *ids.tolist()], dtype)
 
 
 def stored(values: Any) -> tf.Variable:
@@ -52,6 +47,11 @@ def lookup(table: tf.lookup.experimental.MutableHashTable, ids: tf.Tensor) -> tf
     """Looks up rows: int32, of the shape of `ids`."""
     # A mutable table loses the shape.
     return tf.ensure_shape(tf.cast(table.lookup(ids), tf.int32), ids.shape)
+
+
+def feature_argument(features: Mapping[str, tf.Tensor]) -> dict[str, Any]:
+    """Returns the argument `features`, or none: without features, functions do not take it."""
+    return {"features": features} if features else {}
 
 
 def traced(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> tf.function:
@@ -86,9 +86,8 @@ def tower_function(
             if name.startswith(FEATURE)
         }
         rows = [by_name[name] for name in inputs if name.endswith("_rows")]
-        # Without features, functions do not take the argument; the same holds for times.
-        named: dict[str, Any] = {"features": features} if features else {}
-        if HISTORY_TIMES in by_name:
+        named = feature_argument(features)
+        if HISTORY_TIMES in by_name:  # Without times, functions do not take that one either.
             named[HISTORY_TIMES] = by_name[HISTORY_TIMES]
         return embed(*rows, **named)
 

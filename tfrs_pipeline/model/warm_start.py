@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.messages import kept_new_gone
+from tfrs_pipeline.messages import kept_new_gone, plain
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.fitted_model import FittedTwoTower
@@ -135,8 +135,8 @@ class WarmStart:
             self._num_trained -= int(is_later.sum())
             self._candidate_rows[is_later[self._candidate_rows]] = 0
         if not self._candidate_rows.any():
-            here, there = (c.candidate_ids.values[0] for c in (corpus, source.corpus))
-            message = f"no item is known there: ids are like {here!r} here and {there!r} there"
+            here, there = (plain(c.candidate_ids.values[0]) for c in (corpus, source.corpus))
+            message = f"no item is known there: ids are like {here} here and {there} there"
             refuse([("warm_start", f"{message}. Start from a model of this log's items")])
         is_same = source.training.optimizer == training.optimizer
         self.first_step = int(self._source.optimizer.iterations) if is_same else 0
@@ -226,13 +226,6 @@ def _problems(
             if sorted(old.split()) == sorted(new.split()):  # Weights follow the order.
                 message += ": give them in that order"
             yield f"data.{name}_features", message
-    for name, there, here in (
-        ("item", source.corpus.candidate_ids, corpus.candidate_ids),
-        ("user", source.corpus.query_ids, corpus.query_ids),
-    ):
-        if there.are_text != here.are_text:
-            kinds = ["strings" if ids.are_text else "integers" for ids in (here, there)]
-            yield "warm_start", f"{name} ids are {kinds[0]} here and {kinds[1]} there"
 
 
 def _specification(feature: Feature) -> str:
