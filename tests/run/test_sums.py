@@ -13,7 +13,6 @@ from tests.run.test_race import GIVEN, config_in
 from tests.small_log import Stopped, Watched
 from tests.tracing import tracing_once
 from tfrs_pipeline.config import RunConfig, with_settings
-from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.sums import Choice, FittedSum, Vectors
 from tfrs_pipeline.presets import PRESETS
@@ -32,8 +31,11 @@ pytestmark = pytest.mark.usefixtures("quick_runs")
 def choose(members: Mapping[str, Vectors], *_: Any, winner: str, **__: Any) -> Choice:
     """Sums the winner, the next recipe and iALS, whatever validation says."""
     other = next(name for name in members if name != winner)
-    weights, nothing = {winner: 1.0, other: 0.3, "ials": 0.6}, Interval(0.0, 0.0, 0.0)
-    return Choice(weights, "ndcg@20", 0.1, 0.2, 0.2, nothing, {})
+    weights, nothing = (
+        {winner: 1.0, other: 0.3, "ials": 0.6},
+        {"mean": 0.0, "low": 0.0, "high": 0.0},
+    )
+    return Choice(weights, "ndcg@20", 0.1, 0.2, nothing)
 
 
 @pytest.fixture(scope="module")

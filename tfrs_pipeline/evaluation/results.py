@@ -325,7 +325,7 @@ def format_table(
         cells.append([column, *(_cell(find_metric(model, column)) for model in models.values())])
         gaps = [differences.get(name, {}).get(column) for name in models]
         if any(gaps):
-            cells.append([f"from {reference}", *map(_difference, gaps)])
+            cells.append([f"from {reference}", *map(difference_text, gaps)])
     lines = list(zip(*cells, strict=True))
     table = (format_markdown_cells if markdown else format_cells)(lines)
     if width is None or len(table.partition("\n")[0]) <= width or len(columns) <= 1:
@@ -419,7 +419,8 @@ def _cell(value: Any) -> str:
     return f"{value:.4f}" if value <= 1 else f"{value:.1f}"  # A share, or a mean count.
 
 
-def _difference(value: Mapping[str, Any] | None) -> str:
+def difference_text(value: Mapping[str, Any] | None) -> str:
+    """Writes a difference in the form of `Interval.as_dict`, with its interval; "" without one."""
     if value is None or value["mean"] is None:
         return ""
     if value["low"] is None:

@@ -16,9 +16,10 @@ import tensorflow as tf
 
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
-from tfrs_pipeline.evaluation.bootstrap import Interval, mean_interval
+from tfrs_pipeline.evaluation.bootstrap import mean_interval
 from tfrs_pipeline.evaluation.evaluate import Truth, measure_vectors
 from tfrs_pipeline.evaluation.metrics import Metric
+from tfrs_pipeline.evaluation.results import difference_text
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.fit import TrainingResult
@@ -335,43 +336,25 @@ class Choice:
         metric: The name of the metric that decided.
         alone: Mean of the metric for the best model alone.
         summed: Mean for the sum, rotated.
-        unrotated: Mean for the sum before it is rotated.
-        difference: The sum, rotated, minus the best model alone, paired by query.
-        without: Mean for the sum without each member, rotated too.
+        difference: The sum, rotated, minus the best model alone, paired by query, as
+            `Interval.as_dict` returns it.
     """
 
     weights: Mapping[str, float]
     metric: str
     alone: float
     summed: float
-    unrotated: float
-    difference: Interval
-    without: Mapping[str, float]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the choice for JSON: an end of an interval that is NaN becomes None."""
-        return {**dataclasses.asdict(self), "difference": self.difference.as_dict()}
-
-    @classmethod
-    def read(cls, record: Mapping[str, Any]) -> "Choice":
-        """Reads what `as_dict` returned."""
-        ends = {
-            end: np.nan if value is None else value for end, value in record["difference"].items()
-        }
-        return cls(**{**record, "difference": Interval(**ends)})
+    difference: Mapping[str, float | None]
 
     def lines(self) -> list[str]:
-        """Describes the sum for a person: its members, and the metric without each."""
+        """Describes the sum for a person: its members, and what it gains."""
         first, *others = self.weights
         if not others:
             return [f"{first} alone: no sum with another model is better on validation"]
         parts = " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
-        gain = self.difference.written("+")
         return [
             f"the sum {parts}: validation {self.metric} {self.summed:.4f}, where {first} alone has "
-            f"{self.alone:.4f} ({gain})",
-            f"    before its rotation: {self.unrotated:.4f}",
-            *(f"    without {name}: {mean:.4f}" for name, mean in self.without.items()),
+            f"{self.alone:.4f} ({difference_text(self.difference)})"
         ]
 
 
@@ -401,31 +384,25 @@ def choose(
     dim = members[winner].candidates.shape[1]
     spreads = {name: vectors.spread for name, vectors in members.items()}
 
-    def measured(weights: Mapping[str, float], dim: int | None = None) -> np.ndarray:
+    def measured(weights: Mapping[str, float]) -> np.ndarray:
+        # After the rotation, as the sum is served: joined, a member may gain what that loses.
         vectors = [members[name] for name in weights]
         scaled = [weight / spreads[name] for name, weight in weights.items()]
         queries, candidates, _ = projection(vectors, scaled, dim)(vectors)
         return measure_vectors(queries, candidates, truth, metric)
 
-    def mean(weights: Mapping[str, float], dim: int | None = None) -> float:
-        return float(np.nanmean(measured(weights, dim)))
-
-    weights, alone = {winner: 1.0}, measured({winner: 1.0})
-    best_mean = before = float(np.nanmean(alone))
+    weights = {winner: 1.0}
+    alone = best = measured(weights)
     grid = WEIGHTS if len(truth.queries) >= MIN_QUERIES else (1.0,)
     while len(weights) < min(max_members, len(members)):
         left = [name for name in members if name not in weights]
         extended = [{**weights, name: weight} for name in left for weight in grid]
-        # After the rotation, as the sum is served: joined, a member may gain what that loses.
-        means = [mean(trial, dim) for trial in extended]
-        if max(means) <= best_mean:
+        trials = [measured(trial) for trial in extended]
+        means = [float(np.nanmean(trial)) for trial in trials]
+        if max(means) <= np.nanmean(best):
             break
-        best_mean = max(means)
-        weights = extended[means.index(best_mean)]
-    unrotated, rotated = mean(weights), measured(weights, dim)
-    difference = mean_interval(rotated - alone, truth.user_ids)
-    without = {
-        name: mean({other: weights[other] for other in weights if other != name}, dim)
-        for name in (weights if len(weights) > 1 else ())
-    }
-    return Choice(weights, str(metric), before, best_mean, unrotated, difference, without)
+        first_best = means.index(max(means))
+        weights, best = extended[first_best], trials[first_best]
+    difference = mean_interval(best - alone, truth.user_ids).as_dict()
+    before, after = (float(np.nanmean(values)) for values in (alone, best))
+    return Choice(weights, str(metric), before, after, difference)

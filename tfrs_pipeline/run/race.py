@@ -127,7 +127,7 @@ class Race:
             "winner": self.winner,
             "metric": self.metric,
             "recipes": curves,
-            "sum": None if self.choice is None else self.choice.as_dict(),
+            "sum": None if self.choice is None else dataclasses.asdict(self.choice),
             "lines": self.lines(),
         }
 
@@ -385,9 +385,10 @@ class _Racing:
         most = self._run.config.members
 
         def chosen() -> dict[str, Any]:
-            return choose(vectors, truth, metric, winner=winner, max_members=most).as_dict()
+            choice = choose(vectors, truth, metric, winner=winner, max_members=most)
+            return dataclasses.asdict(choice)
 
-        return Choice.read(on_chief(chosen))
+        return Choice(**on_chief(chosen))
 
 
 def _recipe_named(name: str) -> Recipe:
