@@ -5,14 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
 import tfrs_pipeline.drawing as style
-from tfrs_pipeline import Log, MostPopular, Race, Repeats, evaluate
+from tfrs_pipeline import Log, MostPopular, Repeats, evaluate
 from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.run.race_rule import Curve
 
 CLICKS = {"user_id": [1] * 4 + [2] * 4 + [3] * 3, "item_id": [*"abcd", *"bacd", *"cab"]}
 TRAIN, _, TEST = Log.from_table(pa.table(CLICKS)).split("last_n", min_positives=3)
@@ -65,14 +63,10 @@ def test_figures_take_results_as_they_are() -> None:
     assert style.plot_intervals(found) == style.plot_intervals(found, "ndcg@2")
     both = style.plot_intervals(found, ["ndcg@2", "recall@1"])
     assert "ndcg@2, recall@1 of each model" in both.label
-    counts = TEST.candidate_counts
-    by_hand = style.plot_popularity({"training positives": counts}, counts, "training positives")
-    assert style.plot_popularity(TEST) == by_hand
 
 
-def test_curves_take_fitted_models_and_races() -> None:
+def test_curves_take_fitted_models() -> None:
     values = {"a": [0.1, 0.3, 0.2], "b": [0.2, 0.1, 0.4]}
-    seconds = {"a": (1.0, 2.0, 3.0), "b": (2.0, 4.0, 6.0)}
     chosen = {"a": 2, "b": 3}
     models = {
         name: SimpleNamespace(
@@ -85,10 +79,6 @@ def test_curves_take_fitted_models_and_races() -> None:
     assert style.plot_curves(models, what="loss") == style.plot_curves(loss, chosen, "loss")
     alone = style.plot_curves({"model": values["a"]}, {"model": 2}, "val_ndcg@2")
     assert style.plot_curves(models["a"]) == alone
-    lanes = [Curve(name, curve, seconds[name][0]) for name, curve in values.items()]
-    race = Race([*lanes, Curve("not begun")], "ndcg@2")
-    by_hand = style.plot_curves(values, chosen, "validation ndcg@2", seconds=seconds)
-    assert style.plot_curves(race) == by_hand
 
 
 @pytest.mark.parametrize(
@@ -98,11 +88,9 @@ def test_curves_take_fitted_models_and_races() -> None:
         (style.plot_intervals, [{}, "ndcg@2"], "Received: 'ndcg@2' of dict"),
         (style.plot_intervals, [{"a": 3}, "ndcg@2"], "Received: 'ndcg@2' of dict"),
         (style.plot_intervals, [{"p": {"a": {"mean": 1}}}], "and a name. Received: None of dict"),
-        (style.plot_curves, [{"a": [1, 2]}], "takes a race, or fitted models.*dict of a, None"),
-        (style.plot_curves, [3], "takes a race, or fitted models"),
-        (style.plot_curves, [{}], "takes a race, or fitted models"),
-        (style.plot_popularity, [{"a": np.ones(3)}], "Received: dict without counts"),
-        (style.plot_popularity, [3, np.ones(3)], "takes a part of a split.*Received: int"),
+        (style.plot_curves, [{"a": [1, 2]}], "takes fitted models.*dict of a, None"),
+        (style.plot_curves, [3], "takes fitted models"),
+        (style.plot_curves, [{}], "takes fitted models"),
     ],
 )
 def test_a_figure_says_what_it_draws(draw: Any, arguments: Any, message: str) -> None:

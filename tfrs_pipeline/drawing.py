@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from tfrs_pipeline.data.held_out_queries import Holdout
 from tfrs_pipeline.evaluation.metrics import popularity_slices
 from tfrs_pipeline.evaluation.results import EvaluationResult, find_metric
 
@@ -178,9 +177,9 @@ def plot_curves(
     """Draws each model's values by epoch, from 1, with a mark at the chosen epoch.
 
     Args:
-        curves: A fitted model, several by name, or a race. Or numbers: model -> a value an epoch,
-            such as `model.result.history["val_ndcg@100"]`; None where nothing was measured, but not
-            in all epochs.
+        curves: A fitted model, or several by name. Or numbers: model -> a value an epoch, such as
+            `model.result.history["val_ndcg@100"]`; None where nothing was measured, but not in all
+            epochs.
         chosen: For numbers: model -> the epoch to mark, such as `model.result.best_epoch`.
         what: Title. For fitted models, the value to draw, such as "loss"; by default the first that
             was measured on validation.
@@ -190,11 +189,6 @@ def plot_curves(
     """
     from matplotlib.ticker import MaxNLocator
 
-    if hasattr(curves, "curves"):  # A race.
-        lanes = {lane.name: lane for lane in curves.curves if lane.values}
-        what, curves = f"validation {curves.metric}", {x: y.values for x, y in lanes.items()}
-        chosen = {name: lane.best_epoch for name, lane in lanes.items()}
-        seconds = {name: lane.seconds for name, lane in lanes.items()}
     models = curves if isinstance(curves, Mapping) else {"model": curves}
     fitted: dict[str, Any] = {name: getattr(x, "result", None) for name, x in models.items()}
     if fitted and all(fitted.values()):
@@ -204,7 +198,7 @@ def plot_curves(
         chosen = {name: result.best_epoch for name, result in fitted.items()}
     if chosen is None or what is None or None in curves.values():
         raise TypeError(
-            "plot_curves takes a race, or fitted models and a value that they logged, such as "
+            "plot_curves takes fitted models and a value that they logged, such as "
             "'loss'; or values by model and epoch, the epochs to mark and a title. "
             f"Received: {type(models).__name__} of {', '.join(map(str, models))}, {what!r}."
         )
@@ -226,28 +220,17 @@ def plot_curves(
 
 
 def plot_popularity(
-    curves: Any, counts: np.ndarray | None = None, what: str = "training positives"
+    curves: Mapping[str, np.ndarray], counts: np.ndarray, what: str = "training positives"
 ) -> Drawing:
     """Draws values of the candidates by popularity rank, on logarithmic axes.
 
     Args:
-        curves: A part of a split, such as `test`, whose training positives are drawn. Or numbers:
-            name -> [num_candidates] values, such as shares of the positives or of the draws.
-        counts: For numbers: [num_candidates] training positives, such as
-            `holdout.candidate_counts`. They rank the candidates, and divide them into head, torso
-            and tail.
+        curves: Name -> [num_candidates] values, such as the training positives
+            (`test.candidate_counts`), or shares of the positives or of the draws.
+        counts: [num_candidates] training positives. They rank the candidates, and divide them into
+            head, torso and tail.
         what: Title.
-
-    A `TypeError` says what is drawn if `curves` is something else.
     """
-    if isinstance(curves, Holdout):
-        counts = curves.candidate_counts
-        curves = {what: counts}
-    if counts is None or not isinstance(curves, Mapping):
-        raise TypeError(
-            "plot_popularity takes a part of a split, such as test; or values by name, and counts. "
-            f"Received: {type(curves).__name__}{' without counts' * (counts is None)}."
-        )
     # Equal counts keep the order of the candidates, so that the same log gives the same figure.
     order = np.argsort(-counts, kind="stable")
     figure, (axes,) = new_figure(*_SIZE)
