@@ -132,11 +132,6 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what if number == 1 else many}"
 
 
-def kept_new_gone(what: str, num_kept: int, num_here: int, num_there: int) -> str:
-    """Says how many of `num_here` are kept from `num_there`, and how many are new and gone."""
-    return f"{num_kept:,} {what} kept, {num_here - num_kept:,} new, {num_there - num_kept:,} gone"
-
-
 def in_percent(part: int, whole: int) -> str:
     """Formats a part of a whole in percent; only zero is 0.0%.
 

@@ -207,11 +207,6 @@ class Truth:
         )
 
 
-def check_measurable(holdout: Holdout, exclude: Exclude, part: str = "holdout") -> None:
-    """Refuses (`ValueError`) a holdout, by the name of its part, if `exclude` leaves nothing."""
-    Truth.of(holdout, exclude, part)
-
-
 def _retrieve_rows(
     retriever: Retriever, truth: Truth, k: int, report: Callable[[int, int], None] | None
 ) -> np.ndarray:

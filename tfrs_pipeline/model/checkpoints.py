@@ -16,53 +16,49 @@ History: TypeAlias = dict[str, list[float]]
 """One value an epoch, by logged name."""
 
 
-class Checkpoints:
-    """The epochs of one training in a folder: weights, the optimizer's state, and a record each.
+def save_epoch(
+    folder: Path, network: TwoTowerNetwork, epoch: int, best_epoch: int, record: Mapping[str, Any]
+) -> None:
+    """Saves an epoch with its record, and removes all others but the best one.
 
     The record, such as epoch-3.json, is written last: an epoch without a whole one does not count.
     """
+    path = folder / f"epoch-{epoch}"
+    with naming(folder, tf.errors.OpError):
+        folder.mkdir(parents=True, exist_ok=True)
+        _checkpoint(network).write(str(path))
+    files = [file for file in folder.glob(f"{path.name}.*") if ".json" not in file.name]
+    write_record(_record(folder, epoch), record, files)
+    keep = {path.name, f"epoch-{best_epoch}"}
+    for other in folder.glob("epoch-*"):
+        if other.name.partition(".")[0] not in keep:
+            # Also removes epoch-3_temp, which TensorFlow leaves if it is killed while writing.
+            shutil.rmtree(other) if other.is_dir() else other.unlink()
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
 
-    def save(
-        self, network: TwoTowerNetwork, epoch: int, best_epoch: int, record: Mapping[str, Any]
-    ) -> None:
-        """Saves an epoch with its record, and removes all others but the best one."""
-        path = self._path(epoch)
-        with naming(self._folder, tf.errors.OpError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            _checkpoint(network).write(str(path))
-        files = [file for file in self._folder.glob(f"{path.name}.*") if ".json" not in file.name]
-        write_record(self._record(epoch), record, files)
-        keep = {path.name, self._path(best_epoch).name}
-        for other in self._folder.glob("epoch-*"):
-            if other.name.partition(".")[0] not in keep:
-                # Also removes epoch-3_temp, which TensorFlow leaves if it is killed while writing.
-                shutil.rmtree(other) if other.is_dir() else other.unlink()
+def last_whole_epoch(
+    folder: Path, best_epoch: Callable[[History], int]
+) -> tuple[int, dict[str, Any]]:
+    """Returns the number and the record of the last whole epoch; 0 and no history without one.
 
-    def last_whole(self, best_epoch: Callable[[History], int]) -> tuple[int, dict[str, Any]]:
-        """Returns the number and the record of the last whole epoch; 0 and no history without one.
+    The best epoch so far must be whole too, since the training may end with it.
+    """
+    saved = folder.glob("epoch-*.json")
+    for epoch in sorted((int(path.stem.partition("-")[2]) for path in saved), reverse=True):
+        record = read_whole(_record(folder, epoch))
+        if record and read_whole(_record(folder, best_epoch(record["history"]))):
+            return epoch, record
+    return 0, {"history": {}, "seconds": 0.0}
 
-        The best epoch so far must be whole too, since the training may end with it.
-        """
-        saved = self._folder.glob("epoch-*.json")
-        for epoch in sorted((int(path.stem.partition("-")[2]) for path in saved), reverse=True):
-            record = read_whole(self._record(epoch))
-            if record and read_whole(self._record(best_epoch(record["history"]))):
-                return epoch, record
-        return 0, {"history": {}, "seconds": 0.0}
 
-    def read(self, network: TwoTowerNetwork, epoch: int) -> None:
-        """Gives a compiled network the weights and the optimizer's state of a saved epoch."""
-        checkpoint = _checkpoint(network).read(str(self._path(epoch)))
-        checkpoint.assert_existing_objects_matched()
+def restore_epoch(folder: Path, network: TwoTowerNetwork, epoch: int) -> None:
+    """Gives a compiled network the weights and the optimizer's state of a saved epoch."""
+    checkpoint = _checkpoint(network).read(str(folder / f"epoch-{epoch}"))
+    checkpoint.assert_existing_objects_matched()
 
-    def _path(self, epoch: int) -> Path:
-        return self._folder / f"epoch-{epoch}"
 
-    def _record(self, epoch: int) -> Path:
-        return self._folder / f"epoch-{epoch}.json"
+def _record(folder: Path, epoch: int) -> Path:
+    return folder / f"epoch-{epoch}.json"
 
 
 def _checkpoint(network: TwoTowerNetwork) -> tf.train.Checkpoint:
@@ -76,8 +72,8 @@ def read_epoch(
 
     The folder keeps the best epoch and the last one. Raises `Damaged` if a file has changed.
     """
-    record = read_record(folder / f"epoch-{epoch}.json")
+    record = read_record(_record(folder, epoch))
     # Nothing is trained here, so any number of steps that the schedule accepts will do.
     set_optimizer(network, settings, settings.warmup_steps + 1)
-    Checkpoints(folder).read(network, epoch)
+    restore_epoch(folder, network, epoch)
     return record

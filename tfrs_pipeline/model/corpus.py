@@ -79,11 +79,6 @@ class Corpus:
             is_later,
         )
 
-    def features(self, side: str) -> tuple[Feature, ...]:
-        """Returns the features of a side: candidate, query or request."""
-        features: tuple[Feature, ...] = getattr(self, f"{side}_features")
-        return features
-
 
 def _encode(
     table: ibis.Table,

@@ -18,7 +18,7 @@ from tfrs_pipeline import messages
 from tfrs_pipeline.batches.batch import Slices
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.messages import counted
-from tfrs_pipeline.model.checkpoints import Checkpoints, History
+from tfrs_pipeline.model.checkpoints import History, last_whole_epoch, restore_epoch, save_epoch
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.network import TwoTowerNetwork
@@ -94,9 +94,7 @@ def train(
     set_optimizer(network, settings, settings.max_epochs * steps, first_step)
     with contextlib.ExitStack() as stack:
         kept = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        keeper = _BestEpoch(
-            settings, last, validate, Checkpoints(kept), folder is not None, on_epoch, tell
-        )
+        keeper = _BestEpoch(settings, last, validate, kept, folder is not None, on_epoch, tell)
         epoch = keeper.resume(network)
         if not epoch and start is not None:
             start(network)
@@ -139,7 +137,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
     settings: TrainingSettings
     max_epochs: int
     validate: Validate | None
-    saved: Checkpoints
+    folder: Path
     saves_all: bool
     on_epoch: OnEpoch | None
     tell: Tell | None
@@ -221,21 +219,21 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         self._seconds_before, self._started = result.seconds, 0.0
         if result.best_epoch < result.num_epochs:
             # Restores the optimizer state too, because another training may start from it.
-            self.saved.read(network, result.best_epoch)
+            restore_epoch(self.folder, network, result.best_epoch)
 
     def resume(self, network: TwoTowerNetwork) -> int:
         """Loads the last saved epoch that is whole; returns its number, 0 if there is none."""
-        epoch, record = on_chief(lambda: self.saved.last_whole(self._best_epoch))
+        epoch, record = on_chief(lambda: last_whole_epoch(self.folder, self._best_epoch))
         self.history, self._seconds_before = record["history"], record["seconds"]
         if epoch:
-            self.saved.read(network, epoch)
+            restore_epoch(self.folder, network, epoch)
         self._resumed_after = epoch
         return epoch
 
     def _save(self, epoch: int) -> None:
         so_far = self.result
         record = {"history": so_far.history, "seconds": so_far.seconds}
-        self.saved.save(self.model, epoch, so_far.best_epoch, record)
+        save_epoch(self.folder, self.model, epoch, so_far.best_epoch, record)
 
 
 def describe_data(

@@ -17,7 +17,7 @@ from tfrs_pipeline.data.held_out_queries import Holdout, check_holdout
 from tfrs_pipeline.data.log import Log, check_log
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.durable import hold_to, refuse_others
-from tfrs_pipeline.evaluation.evaluate import check_measurable, evaluate
+from tfrs_pipeline.evaluation.evaluate import Truth, evaluate
 from tfrs_pipeline.evaluation.metrics import PLAIN, Metric, metric_of
 from tfrs_pipeline.messages import line_writer
 from tfrs_pipeline.model import distribution
@@ -244,7 +244,7 @@ class TwoTower(TwoTowerSettings):
             validate = None
             if validation is not None:
                 ranked = validation.sample(self.training.validation_users, self.seed)
-                check_measurable(ranked, exclude)
+                Truth.of(ranked, exclude)  # Refuses one in which nothing is left to find.
                 # The monitored metric is measured even if nobody asked for its cutoff.
                 monitor = metric_of(self.training.monitor)
                 cutoffs = sorted({*cutoffs, monitor.k})

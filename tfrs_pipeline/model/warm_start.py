@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.features.feature import Feature
-from tfrs_pipeline.messages import kept_new_gone, plain
+from tfrs_pipeline.messages import plain
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.fitted_model import FittedTwoTower
@@ -169,14 +169,14 @@ class WarmStart:
 
     def describe(self) -> list[str]:
         """Describes what is carried over, what is new and what is gone."""
-        counts = [
-            kept_new_gone(what, int(np.count_nonzero(rows)), len(rows) - 1, num_there)
-            for what, rows, num_there in (
-                ("items", self._candidate_rows, self._num_trained),
-                ("users", self._query_rows, len(self._corpora[0].query_ids)),
-            )
-        ]
-        notes = [f"warm start: {'; '.join(counts)}"]
+        parts = []
+        for what, rows, num_there in (
+            ("items", self._candidate_rows, self._num_trained),
+            ("users", self._query_rows, len(self._corpora[0].query_ids)),
+        ):
+            num, new = np.count_nonzero(rows), np.count_nonzero(rows[1:] == 0)
+            parts.append(f"{num:,} {what} kept, {new:,} new, {num_there - num:,} gone")
+        notes = [f"warm start: {'; '.join(parts)}"]
         before, now = self._optimizers
         if before != now:
             notes.append(f"    the optimizer's state starts again: it was {before}, now {now}")
@@ -191,7 +191,7 @@ class WarmStart:
             yield table, self._candidate_rows
         for side in SIDES:
             tower = candidate if side == "candidate" else query
-            pairs = zip(*(corpus.features(side) for corpus in self._corpora), strict=True)
+            pairs = zip(*(getattr(x, f"{side}_features") for x in self._corpora), strict=True)
             for old, new in pairs:
                 if (codes := tower.feature_table(new.name)) is not None:
                     yield codes, new.codes_of(old)
@@ -219,7 +219,7 @@ def _problems(
     for side, name in SIDES.items():
         old, new = (
             " ".join(map(_specification, features)) or "none"
-            for features in (source.corpus.features(side), corpus.features(side))
+            for features in (getattr(x, f"{side}_features") for x in (source.corpus, corpus))
         )
         if old != new:
             message = f"got {new}, where the model to start from has {old}"

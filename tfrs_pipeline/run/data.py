@@ -14,7 +14,7 @@ from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import ASKED, DataError, Exclude
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.durable import Damaged, read_whole
-from tfrs_pipeline.evaluation.evaluate import check_measurable
+from tfrs_pipeline.evaluation.evaluate import Truth
 from tfrs_pipeline.messages import counted, in_percent
 from tfrs_pipeline.negatives.samplers import FunnelLosers
 from tfrs_pipeline.run.folder import DATA, SAMPLES, SPLIT_FILE, RunFolder
@@ -135,7 +135,8 @@ def _make_samples(run: RunContext, split: Split, hard: FunnelLosers | None) -> R
     most = config.training.validation_users
     validation = split.holdout("validation", most, config.seed, by=test.by)
     for part, holdout in (("validation", validation), ("test", test)):
-        check_measurable(holdout, config.evaluation.exclude, f"{part} part (split.{part})")
+        # Refuses a part in which nothing is left to find.
+        Truth.of(holdout, config.evaluation.exclude, f"{part} part (split.{part})")
     counts: dict[str, FalseNegatives] = {}
     if any(len(pool.values) for pool in selection.samples.hard_pools.values()):
         # A comparison's plans all train on single positives, as hard negatives need.
@@ -173,7 +174,7 @@ def _make_tests(config: RunConfig, split: Split, last: Log) -> tuple[Holdout, Ho
         return by_user, "by request is the same, one request per user with the history before it"
     if may_be_by_user:
         try:
-            check_measurable(by_request, exclude)
+            Truth.of(by_request, exclude)
         except ValueError:
             return by_user, f"by request, evaluation.exclude {exclude} leaves nothing to find"
     return (by_user, by_request) if by == "users" else (by_request, by_user)
