@@ -141,7 +141,8 @@ def test_long_histories_cost_no_more(int_folder: Path) -> None:
 def test_wrong_questions_are_refused(served: Served, folder: Path) -> None:
     retriever, item = load(folder, live=False), served.candidate_ids[:1].tolist()[0]
     wrong_type = "text" if served.ids == "int" else 7
-    for options in ({}, {"user_id": wrong_type, "query": {}}, {"query": {"histroy": []}}):
+    wrong: list[dict[str, Any]] = [{}, {"user_id": wrong_type, "query": {}}]
+    for options in (*wrong, {"query": {"histroy": []}}):
         with pytest.raises(ValueError, match=r"user_id|histroy"):
             explain(retriever, item, **options)
     with pytest.raises(ValueError, match=r"[Ii]ds"):

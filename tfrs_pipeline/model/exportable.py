@@ -152,8 +152,8 @@ class Exportable:
         def turn(embed: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
             return lambda *rows, **inputs: tf.matmul(embed(*rows, **inputs), matrix)
 
-        embeds = {name: turn(getattr(self, name)) for name in ("embed_queries", "embed_candidates")}
-        return replace(self, **embeds)
+        queries, candidates = turn(self.embed_queries), turn(self.embed_candidates)
+        return replace(self, embed_queries=queries, embed_candidates=candidates)
 
     @cached_property
     def inputs(self) -> QueryInputs:
