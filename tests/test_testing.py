@@ -48,6 +48,13 @@ def test_wrong_draws_are_noticed(drawn: Any, message: str) -> None:
         check_draws(kind, frame_of(num=3))
 
 
+@pytest.mark.parametrize("counts", [(0, 1), (1, 1, 1, 1), (0, np.nan, 1, 1), (0, -1, 1, 1)])
+def test_impossible_counts_are_noticed(counts: Any) -> None:
+    kind = Own(lambda *arguments: [1], lambda frame: counts)
+    with pytest.raises(AssertionError, match=r"Own.*for each of 4 candidate rows, 0 at row 0"):
+        check_draws(kind, frame_of(num=3))
+
+
 @pytest.mark.parametrize("expected", [tp.Uniform(64), tp.Uniform(16), tp.Popularity(32, 1.0)])
 def test_a_count_that_does_not_fit_the_draws_is_noticed(expected: Any) -> None:
     with pytest.raises(AssertionError, match=r"expects .* copies of candidate .*, and drew"):

@@ -3,7 +3,6 @@
 import numpy as np
 import tensorflow as tf
 
-from tfrs_pipeline.negatives.log_q import checked_count
 from tfrs_pipeline.negatives.samplers import Negatives, SamplingFrame
 
 
@@ -20,15 +19,20 @@ def check_draws(kind: Negatives, frame: SamplingFrame, num_batches: int = 200) -
         num_batches: Batches that are drawn; 200 notice a count that is half or twice too large.
 
     Raises:
-        AssertionError: If draws are no vector of integers, if one is no candidate that the kind
-            expects, or if a candidate's mean copies are more than six standard errors from its
-            expected count.
+        AssertionError: If the counts are impossible, if draws are no vector of integers, if one is
+            no candidate that the kind expects, or if a candidate's mean copies are more than six
+            standard errors from its expected count.
 
     Example:
         >>> from tfrs_pipeline.negatives.samplers import Uniform
         >>> check_draws(Uniform(32), SamplingFrame.of_counts(range(50), batch_size=64))
     """
-    expected, rng = checked_count(kind, frame), np.random.default_rng(0)
+    expected, rng = np.asarray(kind.expected_count(frame), float), np.random.default_rng(0)
+    are_counts = np.isfinite(expected).all() and (expected >= 0).all() and expected[0] == 0
+    assert (len(expected), are_counts) == (frame.num_candidates + 1, True), (
+        f"{kind}: expected_count must return a finite number, 0 or more, for each of "
+        f"{frame.num_candidates + 1} candidate rows, 0 at row 0. Received: {expected}"
+    )
     share = frame.q_positive[1:] / frame.q_positive[1:].sum()
     copies = np.zeros((num_batches, len(expected)))
     for i in range(num_batches):

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from tfrs_pipeline.batches.batch import HardColumns, Use, seed_of
 from tfrs_pipeline.data.schema import DataError
-from tfrs_pipeline.messages import check_integer, sentence
+from tfrs_pipeline.messages import check_integer
 from tfrs_pipeline.negatives.log_q import hard_log_q
 from tfrs_pipeline.negatives.samplers import HardNegatives, Pool
 from tfrs_pipeline.samples.never_negatives import is_never, reasons_in
@@ -35,17 +35,11 @@ class HardPool(NamedTuple):
         # In random order, since a row draws neighbours of a list together.
         packed = RowLists.from_lists([rng.permutation(np.asarray(rows, int)) for rows in lists])
         numbers = np.arange(len(packed)) if key is None else np.asarray(key)
-        rows, last = packed.values, len(samples.counts) - 1
-        is_list = (numbers >= 0) & (numbers < len(packed))
-        if numbers.shape != (len(samples),) or numbers.dtype.kind not in "iu" or not is_list.all():
+        # An index out of range is an error by itself; a negative one counts from the end.
+        if len(numbers) != len(samples) or min(numbers.min(), packed.values.min(initial=1)) < 0:
             raise ValueError(
-                f"Hard negatives {name!r} need the number of a list for each of {len(samples)} "
-                f"samples, below the {len(packed)} lists. Received: {numbers}"
-            )
-        if rows.size and not 1 <= rows.min() <= rows.max() <= last:
-            raise ValueError(
-                f"Hard negatives {name!r} must be candidate rows in 1 .. {last}: row 0 is "
-                f"'unknown'. Received: {rows.min()} to {rows.max()}"
+                f"Hard negatives {name!r} need lists of candidate rows from 1, and for each of "
+                f"{len(samples)} samples the number of its list. Received: {lists!r:.200}, {key}"
             )
         return cls(packed, numbers)
 
@@ -73,17 +67,8 @@ class HardDraws:
         self.share, self._num = hard.share, hard.num
         self._samples, self._seed = samples, seed
         rng = np.random.default_rng([seed, Use.HARD])
-        pools = hard.pools(samples)
-        try:
-            self.pools = {
-                name: HardPool.checked(name, pool, samples, rng) for name, pool in pools.items()
-            }
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{sentence(str(error))} `pools` must return {{name: (lists, numbers)}}: a list of "
-                f"[n] int arrays of candidate rows, and [{len(samples)}] int, the list of each "
-                f"sample, or None if each has its own. Received: {pools!r:.200}"
-            ) from error
+        pools = hard.pools(samples).items()
+        self.pools = {name: HardPool.checked(name, pool, samples, rng) for name, pool in pools}
         if not any(len(pool.lists.values) for pool in self.pools.values()):
             raise DataError(f"{hard}: none of {len(samples):,} positives has a hard negative.")
         self._reasons = {name: reasons_in(name, hard) for name in self.pools}

@@ -33,8 +33,8 @@ class Mixture:
             a row's shared columns; 0 where no kind can draw the candidate.
 
     Raises:
-        ValueError: If a kind's counts are impossible, or if there is no negative at all. Whether a
-            kind draws as its counts say is for your tests: `tfrs_pipeline.testing.check_draws`.
+        ValueError: If there is no negative at all. Whether the counts of a kind are possible, and
+            it draws as they say, is for your tests: `tfrs_pipeline.testing.check_draws`.
 
     Example:
         The negatives of a batch for your own loss, with items that have 3 and 1 positives:
@@ -53,7 +53,7 @@ class Mixture:
         self._frame = frame
         self.expected_count = np.zeros(frame.num_candidates + 1)
         for kind in self._negatives:
-            self.expected_count += checked_count(kind, frame)
+            self.expected_count += kind.expected_count(frame)
         if not self.expected_count.any():
             raise ValueError(
                 "No shared column can be a negative: use in-batch negatives with a batch of 2 or "
@@ -68,19 +68,8 @@ class Mixture:
 
         `positive_rows` are its positives, [B] integers. Returns [C] int32 candidate rows, kind by
         kind; 0, whose log_q is -inf, where a positive of the batch is unknown. A row must mask its
-        own positive. A `ValueError` if the seed is not a pair; a larger batch as in `InBatch.draw`.
+        own positive. A larger batch raises as in `InBatch.draw`.
         """
-        seed = tf.convert_to_tensor(seed)
-        if seed.shape != (2,):
-            raise ValueError(
-                "seed must be two integers, such as [7, step]: a draw is a function of it, so that "
-                f"each batch needs its own. Received: {seed!r}"
-            )
-        positive_rows = tf.convert_to_tensor(positive_rows)
-        if not positive_rows.dtype.is_integer:
-            raise ValueError(
-                f"positive_rows must be integers. Received: {positive_rows.dtype.name}"
-            )
         positive_rows = tf.cast(positive_rows, tf.int32)
         drawn = []
         for i, kind in enumerate(self._negatives):
@@ -115,20 +104,3 @@ def hard_log_q(num_left: tf.Tensor, share: float, num_candidates: int) -> tf.Ten
     # -inf * 0 and log 0 occur only in masked columns.
     log_q = tf.math.log(num_left) - tf.math.log(num_candidates * share * pool_share)
     return tf.where(num_left > 0, log_q, tf.zeros_like(log_q))
-
-
-def checked_count(kind: Negatives, frame: SamplingFrame) -> np.ndarray:
-    """Returns how many copies of each candidate a kind expects to draw."""
-    count = np.asarray(kind.expected_count(frame), np.float64)
-    num_rows = frame.num_candidates + 1
-    if count.shape != (num_rows,):
-        raise ValueError(
-            f"{kind}: expected_count must return a number for each of {num_rows} candidate "
-            f"rows. Received: shape {count.shape}"
-        )
-    if count[0] != 0 or not (np.isfinite(count).all() and (count >= 0).all()):
-        raise ValueError(
-            f"{kind}: expected_count must return finite numbers, 0 or more, with 0 at row 0. "
-            f"Received: {count.min()} to {count.max()}, {count[0]} at row 0"
-        )
-    return count
