@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from tests.small_batches import as_arrays
-from tfrs_pipeline import DataError, HybridBatches, InBatch, Log, Reading, SinglePositives, Uniform
+from tfrs_pipeline import HybridBatches, InBatch, Log, Reading, SinglePositives, Uniform
 from tfrs_pipeline.negatives.samplers import Pool
 from tfrs_pipeline.samples.build import build_samples
 from tfrs_pipeline.samples.store import Samples, read_samples
@@ -26,12 +26,13 @@ Event = tuple[int, int, str]  # User, item, type; in the order of time.
 class Disliked:
     """Each user's own dislikes as hard negatives, as a user of the package would write them."""
 
+    lists: list[list[int]]  # Candidate rows, by query row.
     share: float = 0.2
     num: int = 2
     allow_exposed: bool = True
 
     def pools(self, samples: Samples) -> Mapping[str, Pool]:
-        return {"exposed": (samples.disliked, samples.query_rows)}
+        return {"exposed": (self.lists, samples.query_rows)}
 
 
 def random_events(num: int = 1200) -> list[Event]:
@@ -73,7 +74,6 @@ def test_positives_masks_and_log_q_are_those_of_a_loop(tmp_path: Path) -> None:
     for lists, expected in (
         (samples.known_positives, known),
         (samples.exposed, exposed),
-        (samples.disliked, disliked),
     ):
         assert [rows.tolist() for rows in lists] == expected
     found = zip(samples.query_rows.tolist(), samples.candidate_rows.tolist(), strict=True)
@@ -94,7 +94,7 @@ def test_positives_masks_and_log_q_are_those_of_a_loop(tmp_path: Path) -> None:
     assert told in kept.describe()  # No click is lost, so nothing is said of any.
 
     examples = SinglePositives(samples, batch_size=BATCH_SIZE, history_length=4, seed=0)
-    kinds, hard = [InBatch(), Uniform(NUM_UNIFORM)], Disliked()
+    kinds, hard = [InBatch(), Uniform(NUM_UNIFORM)], Disliked(disliked)
     batches = HybridBatches(samples, examples, kinds, hard=hard, seed=0)
     total, cases = len(positives), Counter[str]()
     for step in range(12):
@@ -127,18 +127,8 @@ def test_a_part_knows_no_later_dislike(tmp_path: Path) -> None:
     parts = ["train"] * 3 + ["validation"] * 2 + ["test"] * 7
     split = log_of(events, parts).split("column")
     assert build_samples(split.train, tmp_path, seed=0)["num_samples"] == 3
-    assert not (tmp_path / "disliked.parquet").exists()
     assert split.train.disliked is None
-    # Built anew in the same folder, from a log with dislikes, and back.
     assert build_samples(split.log, tmp_path, seed=0)["num_disliked"] == 2
-    assert read_samples(tmp_path).disliked[1].tolist() == [1]
-    build_samples(split.train, tmp_path, seed=0)
-    samples = read_samples(tmp_path)
-    assert not samples.disliked.values.size
-    assert len(samples.disliked) == 3
-    examples = SinglePositives(samples, batch_size=2, history_length=4, seed=0)
-    with pytest.raises(DataError, match="none of 3 positives has a hard negative"):
-        HybridBatches(samples, examples, [Uniform(3)], hard=Disliked(), seed=0)
     # The test has nothing to find of what was disliked in it, and ranks it until then.
     assert [ids.tolist() for ids in split.test.relevant] == [[3, 4], [4]]
     assert [ids.tolist() for ids in split.test.histories] == [[1, 2, 3], [1, 2]]

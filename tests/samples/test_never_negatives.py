@@ -36,7 +36,6 @@ SAMPLES = Samples(
     num_earlier=np.zeros(1, np.int32),
     known_positives=lists_of(1),
     exposed=lists_of(2, 3),
-    disliked=lists_of(3),
     counts=np.array([0, 1, 0, 0, 0, 0]),
     is_later=np.arange(6) == 5,
 )

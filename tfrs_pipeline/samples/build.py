@@ -43,7 +43,7 @@ def build_samples(
     | `queries.parquet` | query_row from 1, user_id | query_row |
     | `samples.parquet` | query_row, candidate_row, weight; with an order num_earlier; with timestamps time, in seconds since 1970, int64; request_<name> of each request feature; with hard negatives num_hard_<stage> | query_row, then time |
     | `hard_<stage>.parquet` | event_number, candidate_row: the samples' pools, num_hard_<stage> rows each | samples, then random |
-    | `known_positives.parquet`, `exposed.parquet`, with dislikes `disliked.parquet` | query_row, candidate_row, each pair once | both |
+    | `known_positives.parquet`, `exposed.parquet` | query_row, candidate_row, each pair once | both |
 
     A query's samples are its sequence; its first num_earlier samples come before the sample. Row 0
     is "unknown" on both sides. Counts, histories and masks come only from the given events: give
@@ -65,15 +65,11 @@ def build_samples(
     folder.mkdir(parents=True, exist_ok=True)
     # The report is written last: while it is missing, the samples are incomplete.
     (folder / "report.json").unlink(missing_ok=True)
-    (folder / "disliked.parquet").unlink(missing_ok=True)
     # In tables of the log's database, not in files: DuckDB caches the statistics of a path.
     work = _Work(folder)
     try:
         events = _write_rows(log, work)
-        disliked = None
-        if log.disliked is not None:
-            pairs = schema.disliked_pairs(events, ROW_PAIR)
-            disliked = work.write("disliked", pairs.order_by(ROW_PAIR))
+        disliked = None if log.disliked is None else schema.disliked_pairs(events, ROW_PAIR)
         positives = schema.without_disliked(events.filter(is_positive), disliked)
         _write_counts(positives, work)
         known = work.write(
@@ -86,7 +82,7 @@ def build_samples(
         if hard is not None:
             samples = _write_pools(positives, samples, work, hard, seed)
         _write_samples(samples, work, log)
-        report = _report(work, hard)
+        report = _report(work, hard, disliked)
     finally:
         work.drop()
     files = [folder / f"{name}.parquet" for name in work.written]
@@ -182,7 +178,7 @@ def _write_samples(samples: ibis.Table, work: _Work, log: Log) -> None:
     work.write("samples", samples.select(**columns, **{name: samples[name] for name in sizes}))
 
 
-def _report(work: _Work, hard: FunnelLosers | None) -> dict[str, Any]:
+def _report(work: _Work, hard: FunnelLosers | None, disliked: ibis.Table | None) -> dict[str, Any]:
     events, samples = work.kept["events"], work.kept["samples"]
     corpus, known = work.kept["corpus"], work.kept["known_positives"]
     if "num_earlier" in samples.columns:
@@ -199,9 +195,9 @@ def _report(work: _Work, hard: FunnelLosers | None) -> dict[str, Any]:
         "num_known_positives": count_rows(known),
         "num_exposed": count_rows(work.kept["exposed"]),
     }
-    if "disliked" in work.kept:
+    if disliked is not None:
         num_clicks = count_rows(events.filter(is_positive))
-        report["num_disliked"] = count_rows(work.kept["disliked"])
+        report["num_disliked"] = count_rows(disliked)
         report["num_disliked_clicks"] = num_clicks - report["num_samples"]
     if hard is not None:
         num_losers = count_rows(events.filter(events["stage"].isin(list(hard.stages))))

@@ -132,8 +132,6 @@ class Samples:
             did not dislike there.
         exposed: Per query row, the sorted candidate rows shown in training and not clicked, or
             disliked.
-        disliked: Per query row, the sorted candidate rows that it disliked in training. They are
-            among the exposed ones too, and never among the known positives.
         counts: [num_candidates + 1] int64 training positives per candidate row; row 0 is 0.
         hard_pools: Stage name -> per sample, the candidate rows of its hard negatives.
         request_columns: Request feature -> [num_samples] or [num_samples, any], encoded: int32, or
@@ -153,7 +151,6 @@ class Samples:
     num_earlier: np.ndarray | None
     known_positives: RowLists
     exposed: RowLists
-    disliked: RowLists
     counts: np.ndarray
     hard_pools: Mapping[str, RowLists] = field(default_factory=dict)
     request_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -214,7 +211,6 @@ class Samples:
             num_earlier=num_earlier,
             known_positives=RowLists(known_offsets, (known & PAIR_VALUE).astype(np.int32)),
             exposed=RowLists.empty(num_queries + 1),
-            disliked=RowLists.empty(num_queries + 1),
             counts=np.bincount(candidates, minlength=num_candidates + 1),
         )
 
@@ -270,7 +266,6 @@ def read_samples(
     def lists(name: str) -> RowLists:
         return RowLists(column[f"of_{name}"], column[name])
 
-    known = lists("known_positives")
     return Samples(
         query_rows=column["query_row"],
         candidate_rows=column["candidate_row"],
@@ -279,10 +274,8 @@ def read_samples(
         sequences=RowLists(column["of_sequences"], column["candidate_row"]),
         num_earlier=column.get("num_earlier"),
         sequence_times=column.get("time"),
-        known_positives=known,
+        known_positives=lists("known_positives"),
         exposed=lists("exposed"),
-        # Without dislikes there is no file.
-        disliked=lists("disliked") if "disliked" in column else RowLists.empty(len(known)),
         counts=column["counts"],
         hard_pools={x.removeprefix("hard_"): lists(x) for x in column if x.startswith("hard_")},
         request_columns={
@@ -340,9 +333,7 @@ def write_columns(folder: Path) -> list[Path]:
         if name in names:
             write(name, dtype, read("samples", name))
     write_starts("sequences", "samples")
-    for name in ("known_positives", "exposed", "disliked"):
-        if not (folder / f"{name}.parquet").exists():
-            continue  # A log without dislikes.
+    for name in ("known_positives", "exposed"):
         write(name, np.int32, read(name, "candidate_row"))
         write_starts(name, name)
     for name in names:
