@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -792,49 +791,6 @@ def test_without_a_terminal_a_slow_task_is_told_now_and_then(
         seconds[0] += 11
         progress.task("two_tower", done, 100, "loss 4.8")
     assert re.findall(r"(\d)/", out.getvalue()) == ["3", "6", "9"]  # 30 s take three epochs.
-
-
-@pytest.fixture
-def heard() -> Iterator[None]:
-    """Makes Ctrl-C work even if the tests run as a background job."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("heard")
-@pytest.mark.parametrize("is_reported", [True, False])
-def test_ctrl_c_that_python_ignores_comes_again(
-    is_reported: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Python ignores what the callback of a weak reference raises.
-
-    The next report of progress raises it, or the end of the block. Other exceptions that Python
-    ignores are shown as usual.
-    """
-    shown_as_usual = list[Any]()
-    monkeypatch.setattr(sys, "unraisablehook", shown_as_usual.append)
-    before = sys.unraisablehook
-    things = [type("Thing", (), {})() for _ in range(2)]
-    watches = [
-        weakref.ref(things[0], lambda _: signal.raise_signal(signal.SIGINT)),
-        weakref.ref(things[1], lambda _: 1 // 0),
-    ]
-    reports = list[str]()
-
-    def block() -> None:
-        with shown(Console(file=io.StringIO())) as progress:
-            things.clear()
-            if is_reported:
-                progress.task("train", 1, 30)
-            reports.append("end")
-
-    with pytest.raises(KeyboardInterrupt):
-        block()
-    assert reports == ["end"] * (not is_reported)
-    assert [x.exc_type for x in shown_as_usual] == [ZeroDivisionError]
-    assert sys.unraisablehook == before
-    assert [watch() for watch in watches] == [None, None]
 
 
 def test_an_epoch_is_told_within_the_terminal_and_the_lines_of_a_stage_as_they_are() -> None:

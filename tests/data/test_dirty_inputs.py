@@ -141,8 +141,8 @@ LOST: list[tuple[dict[str, str], dict[str, list[Any]], tuple[str, ...]]] = [
     ({"more": "rating"}, {"rating": [None, NAN]}, TYPED),
     ({"more": "liked"}, {"liked": ["nan", "inf", "maybe"]}, ("csv",)),
     ({"more": "liked"}, {"liked": [NAN, INF]}, ("parquet",)),
-    ({"more": "stage"}, {"stage": [None], "rank": [1.5, "first"]}, ("csv",)),
-    ({"more": "stage"}, {"stage": [None], "rank": [1.5]}, TYPED),
+    ({"more": "stage"}, {"stage": [None], "rank": ["first", "inf"]}, ("csv",)),
+    ({"more": "stage"}, {"stage": [None], "rank": [INF]}, TYPED),
     ({"more": "weight"}, {"weight": [*WEIGHTS, "heavy"]}, ("csv",)),
     ({"more": "weight"}, {"weight": WEIGHTS}, TYPED),
 ]
@@ -229,9 +229,6 @@ def test_what_has_no_right_answer_is_refused(tmp_path: Path, form: str) -> None:
     check({("user" if x == "user_id" else x): y for x, y in table.items()}, "user_id")
     check(table | {"USER_ID": [1] * NUM_ROWS}, "USER_ID", "user_id")
     check({name: [] for name in table}, "0 rows")
-    times = table["timestamp"]
-    some = [1000 * time if n % 40 == 7 else time for n, time in enumerate(times)]
-    check(table | {"timestamp": some}, "timestamp")
     check(table, "timestamp", timestamp_unit="us")
     check(clean(time="naive")[0], "timestamp")  # No time zone is given.
     funnel, _ = clean(more="stage")

@@ -63,31 +63,6 @@ def test_ids_in_csv_are_integers_if_all_are(load: Any, ids: list[str], expected:
     assert column(tables.events, "user_id") == expected
 
 
-@pytest.mark.parametrize(
-    ("others", "message"),
-    [
-        (["x9", " x9 "], "2 of 20 rows with a value hold no integer, such as 'x9' in row 19, so"),
-        ([], None),
-        (["a", "b", "c"], None),  # A column with so many texts holds texts.
-    ],
-)
-def test_a_few_texts_among_integer_ids_get_a_note(
-    load: Any, others: list[str], message: Any
-) -> None:
-    ids = [*map(str, range(20 - len(others))), *others]
-    tables = load("user_id,item_id\n" + "".join(f"{value},1\n" for value in ids))
-    notes = [note for note in tables.notes if "hold no integer" in note]
-    assert len(notes) == (message is not None)
-    assert all(message in note and "user_id" in note for note in notes)
-
-
-def test_texts_among_empty_ids_get_no_note(load: Any) -> None:
-    """As in the package's own log, where few events belong to a request: no row has an integer."""
-    rows = [f"{user},1,{'r7' if user < 2 else ''}\n" for user in range(40)]
-    tables = load("user_id,item_id,request_id\n" + "".join(rows))
-    assert not [note for note in tables.notes if "hold no integer" in note]
-
-
 MOMENT = datetime(2024, 1, 31, 12, 0, 0, 500_000, tzinfo=UTC)
 
 

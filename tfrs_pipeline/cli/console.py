@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -43,11 +42,9 @@ class Shown(Progress):
         self._console, self._bar, self._remark = console, bar, remark
         self._said = time.monotonic()
         self._task, self._unsaid = "", ""  # Without a terminal: the task, and its latest line.
-        self.is_interrupted = False
 
     def step(self, report: StepReport) -> None:
         """Prints the step's name, time and notes."""
-        self.raise_if_interrupted()
         self._end_task()
         say(self._console, f"{report.name:<28}{report.seconds:8.1f} s")
         for note in report.notes:
@@ -55,7 +52,6 @@ class Shown(Progress):
 
     def task(self, name: str, done: int, total: int, note: str = "", /) -> None:
         """Moves the bar, or prints a line if it is time."""
-        self.raise_if_interrupted()
         if not self._console.is_terminal:
             if name != self._task:
                 self._end_task()
@@ -80,11 +76,6 @@ class Shown(Progress):
             say(self._console, self._unsaid)
         self._unsaid = ""
 
-    def raise_if_interrupted(self) -> None:
-        """Raises the Ctrl-C that Python has ignored, if any."""
-        if self.is_interrupted:
-            raise KeyboardInterrupt
-
 
 @contextlib.contextmanager
 def shown(console: Console) -> Iterator[Shown]:
@@ -93,23 +84,9 @@ def shown(console: Console) -> Iterator[Shown]:
     bar = Bar(*columns, TimeElapsedColumn(), console=console)
     bar.add_task("starting", total=None, count="")
     remark = Text(no_wrap=True, overflow="ellipsis")
-    progress, show_ignored = Shown(console, bar, remark), sys.unraisablehook
-
-    def note_interrupt(ignored: Any) -> None:
-        # Python ignores a Ctrl-C within the callback of a weak reference, of which TensorFlow has
-        # many. The next word of progress raises it again.
-        if issubclass(ignored.exc_type, KeyboardInterrupt):
-            progress.is_interrupted = True
-        else:
-            show_ignored(ignored)
-
-    sys.unraisablehook = note_interrupt
-    try:
-        with Live(Group(bar, remark), console=console, transient=True, refresh_per_second=10):
-            yield progress
-        progress.raise_if_interrupted()
-    finally:
-        sys.unraisablehook = show_ignored
+    progress = Shown(console, bar, remark)
+    with Live(Group(bar, remark), console=console, transient=True, refresh_per_second=10):
+        yield progress
 
 
 @contextlib.contextmanager

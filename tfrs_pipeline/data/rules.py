@@ -45,9 +45,6 @@ NOT_A_TIME = Rule(
     "Write them like 2026-01-31 09:30:00, or as numbers since 1970; or name another column.",
 )
 TIME_OF_ANOTHER_KIND = Rule("must hold times written one way and does not", _ONE_WAY, "")
-TIME_IN_ANOTHER_UNIT = Rule(
-    "holds times in another unit among {unit}", "Write all of them in one unit.", "", False
-)
 TIME_OUTSIDE = Rule(
     "lies outside {first:%Y-%m-%d} to {end:%Y-%m-%d}",
     "Correct them, or set earliest_time.",

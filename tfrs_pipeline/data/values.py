@@ -24,10 +24,7 @@ from tfrs_pipeline.data.settings import Period, Reading
 from tfrs_pipeline.features.feature import TableColumn
 from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.features.raw import LARGEST_FLOAT32, WHOLE_FLOAT
-from tfrs_pipeline.messages import printable
 
-# Texts among integers are told up to this share: a column with more of them holds texts.
-_FEW_TEXTS = 0.1
 _MICROSECONDS = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
 _UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 # The size of a number gives its unit: for times from 1973 to 5138, the ranges do not overlap.
@@ -133,7 +130,7 @@ def _read_time(raw: RawTable, column: str) -> ir.Value:
 def _check_unit(
     raw: RawTable, value: ir.NumericValue, column: str, reading: Reading, period: Period | None
 ) -> None:
-    """Refuses a column if most numbers are in another unit; notes a fault if only some are.
+    """Refuses a column if most numbers are in another unit.
 
     Without a `period` the column is a feature, whose numbers may be years.
     """
@@ -172,17 +169,6 @@ def _check_unit(
             f"({raw.num_rows} rows), which {problem}",
             "timestamp_unit",
         )
-    if period is None:
-        return
-    first, end = (moment.timestamp() * 1e6 for moment in period)
-    # A number that is a possible time in another unit only is a row from another program.
-    is_within = {
-        name: (number * factor >= first) & (number * factor < end)
-        for name, factor in _MICROSECONDS.items()
-    }
-    is_other = ibis.or_(*(is_so for name, is_so in is_within.items() if name != expected))
-    rule = rules.TIME_IN_ANOTHER_UNIT.filled(unit=_UNIT_NAMES[expected])
-    raw.fault(column, ~is_within[expected] & is_other, rule)
 
 
 def _from_numbers(value: ir.NumericValue, unit: TimestampUnit | None) -> ir.TimestampValue:
@@ -331,18 +317,8 @@ def _read_text(raw: RawTable, column: str) -> tuple[ir.StringValue, bool]:
         cleaned = text.isin(["", *NO_ID]).ifelse(ibis.null("string"), text)
         is_unclean = (value != value.strip()) | value.endswith(".0") | value.isin(NO_ID)
         is_other = ~is_integer_text(value)
-        counts = raw.aggregate(other=is_other.sum(), unclean=is_unclean.any(), num=value.count())
+        counts = raw.aggregate(other=is_other.any(), unclean=is_unclean.any())
         if counts["other"] and counts["unclean"]:
-            value, is_other = cleaned, ~is_integer_text(cleaned)
-            counts = raw.aggregate(other=is_other.sum(), num=value.count())
-        num_others, num = counts["other"] or 0, counts["num"]
-        raw.texts[column] = value, not num_others
-        if 0 < num_others <= _FEW_TEXTS * num:
-            row = raw.table["_row"]
-            first = raw.aggregate(row=row.min(where=is_other), id=value.argmin(row, where=is_other))
-            raw.notes.append(
-                f"{raw.source.column(column)}: {num_others:,} of {num:,} rows with a value hold no "
-                f"integer, such as {printable(repr(first['id']))} in row {first['row'] + 1:,}, so "
-                "all ids in it are text"
-            )
+            value, counts = cleaned, raw.aggregate(other=(~is_integer_text(cleaned)).any())
+        raw.texts[column] = value, not counts["other"]
     return raw.texts[column]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-import string
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ from tfrs_pipeline.features.raw import (
 )
 from tfrs_pipeline.libraries import ir, pa, pc, tf
 from tfrs_pipeline.messages import counted, printable
-
-_WHOLE = r"(-?[0-9]+)\.0"
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,8 @@ class Vocabulary(Feature):
         """Looks up values, [n] string: int32, 0 where unknown."""
         if not self.vocabulary:
             return tf.zeros_like(values, tf.int32)
+        if has_booleans(self.vocabulary):
+            values = lower_booleans_in_graph(values)
         return tf.cast(self._lookup(values), tf.int32)
 
     @functools.cached_property
@@ -100,31 +99,6 @@ class Categorical(Vocabulary):
             _note_lists(column)
         return column.read("id")
 
-    @functools.cached_property
-    def _rewrites(self) -> tuple[bool, bool]:
-        """Whether values lose spaces and .0: unless the vocabulary distinguishes them."""
-        strips = all(value == value.strip() for value in self.vocabulary)
-        return strips, not any(value.endswith(".0") for value in self.vocabulary)
-
-    def cleaned(self, text: str) -> str:
-        """Rewrites spaces and 7.0 as a log does."""
-        strips, shortens = self._rewrites
-        if strips:
-            text = text.strip(string.whitespace)
-        # Tables write 7 as 7.0 in a column with missing values.
-        if shortens and text.endswith(".0") and (whole := re.fullmatch(_WHOLE, text)):
-            return whole[1]
-        return text
-
-    def cleaned_in_graph(self, texts: tf.Tensor) -> tf.Tensor:
-        """Rewrites spaces, 7.0 and True as a log does."""
-        strips, shortens = self._rewrites
-        if strips:
-            texts = tf.strings.strip(texts)
-        if shortens:
-            texts = tf.strings.regex_replace(texts, f"^{_WHOLE}$", r"\1")
-        return lower_booleans_in_graph(texts) if has_booleans(self.vocabulary) else texts
-
     @classmethod
     def fit(cls, name: str, column: Column, *, reference: datetime | None = None) -> Self:
         """Takes all values as the vocabulary."""
@@ -132,17 +106,11 @@ class Categorical(Vocabulary):
 
     def encoded(self, raw: np.ndarray) -> np.ndarray:
         """Returns [B] int32."""
-        texts = raw.tolist()
-        codes = {text: self._code(text) for text in set(texts)}  # Each distinct one once.
-        return np.fromiter(map(codes.__getitem__, texts), np.int32, len(texts))
-
-    def _code(self, text: str) -> int:
-        # No value of the vocabulary is rewritten, so a known one need not be.
-        return self.codes.get(text) or self.codes.get(self.cleaned(text), 0)
+        return np.fromiter(map(self.codes.get, raw.tolist(), itertools.repeat(0)), np.int32)
 
     def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B] int32."""
-        return self.codes_in_graph(self.cleaned_in_graph(raw))
+        return self.codes_in_graph(raw)
 
 
 def count_rows(
@@ -256,6 +224,8 @@ class MultiCategorical(ValueLists):
             if dtype.value_type.is_nested():
                 raise column.wrong_type("a list of texts or numbers")
             parts = parts.cast("array<string>")
+            if dtype.value_type.is_floating():
+                parts = parts.map(lambda part: part.re_replace(WHOLE_FLOAT, r"\1"))
         elif dtype.is_string():
             parts = parts.split(column.list_separator)
         else:
@@ -280,8 +250,6 @@ class MultiCategorical(ValueLists):
 
     def encoded_in_graph(self, raw: tf.Tensor) -> tf.Tensor:
         """Returns [B, num_values] int32 codes, the known ones first."""
-        if has_booleans(self.vocabulary):
-            raw = lower_booleans_in_graph(raw)
         return self.known_lists_in_graph(tf.RaggedTensor.from_tensor(raw))
 
     @staticmethod

@@ -38,8 +38,10 @@ def has_booleans(values: Collection[str]) -> bool:
 
 
 def to_text(value: Any) -> str:
-    """Returns `str(value)`, in lower case for booleans, also those that are already text."""
+    """Returns `str(value)`: whole floats without .0, booleans, also as text, in lower case."""
     text = str(value)
+    if isinstance(value, float | np.floating):
+        return text.removesuffix(".0")
     return text.lower() if text in BOOLEANS else text
 
 
