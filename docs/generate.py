@@ -76,25 +76,28 @@ LAST_COMMITS = {
     ),
     "d279cefe": ("presets",),
 }
+# Sections that the page shows of a function or a class; of a method, the errors alone.
+SECTIONS = ("Args", "Attributes", "Returns", "Raises")
+# Class of settings -> where the page of all settings describes them.
+SETTINGS = {
+    "TwoTowerSettings": "[`model`](configuration.md#model)",
+    "TrainingSettings": "[`training`](configuration.md#training)",
+    "RunConfig": "[all](configuration.md)",
+}
 # A heading alone on its line, and what is indented below it.
 SECTION = re.compile(r"^([A-Z][\w ]*):\n((?:(?: {4}.*)?(?:\n|\Z))+)", re.MULTILINE)
 
 
 def public_names() -> Iterator[str]:
-    """Yields the public names: a table of them, then each with its signature and docstring."""
+    """Yields each public name with its signature, and of its docstring what a caller needs."""
     rooms = defaultdict(list)
     for name, module in tfrs_pipeline.PUBLIC.items():
         rooms[module.partition(".")[0]].append((name, module))
     nodes = {name: _node(name, module) for name, module in tfrs_pipeline.PUBLIC.items()}
     for room, names in sorted(rooms.items(), key=lambda item: [*ROOMS].index(item[0])):
-        yield from (f"## {ROOMS[room]}", "", "| name | |", "|---|---|")
+        yield from (f"## {ROOMS[room]}", "")
         for name, _ in names:
-            first = (_docstring(nodes[name]) or "").split("\n\n")[0].replace("\n", " ")
-            yield f"| [`{name}`](#{name.lower()}) | {_cell(first)} |"
-        yield ""
-        for name, module in names:
-            yield from (f"### {name}", "", f"`tfrs_pipeline.{module}`", "")
-            yield from _symbol(nodes[name], name)
+            yield from (f"### {name}", "", *_symbol(nodes[name], name))
 
 
 def _node(name: str, module: str) -> Any:
@@ -115,10 +118,6 @@ def _text_of(node: Any) -> str:
     return inspect.cleandoc(node.value.value) if is_text else ""
 
 
-def _docstring(node: Any) -> str | None:
-    return node[1] if isinstance(node, tuple) else ast.get_docstring(node)
-
-
 def _symbol(node: Any, name: str) -> Iterator[str]:
     if isinstance(node, tuple):
         yield from ("```python", ast.unparse(node[0]), "```", "", *_text(node[1]))
@@ -128,14 +127,16 @@ def _symbol(node: Any, name: str) -> Iterator[str]:
         yield from _function(node, name)
 
 
-def _function(node: ast.FunctionDef, name: str) -> Iterator[str]:
+def _function(
+    node: ast.FunctionDef, name: str, sections: tuple[str, ...] = SECTIONS
+) -> Iterator[str]:
     decorators = {ast.unparse(found) for found in node.decorator_list}
     if decorators & {"property", "cached_property", "functools.cached_property"}:
         returned = _unparsed(node.returns) if node.returns else ""
         yield from ("```python", f"{name}: {returned}", "```", "")
     else:
         yield from _signature(name, node, "classmethod" in decorators)
-    yield from _text(ast.get_docstring(node) or "")
+    yield from _text(ast.get_docstring(node) or "", sections)
 
 
 def _signature(name: str, node: ast.FunctionDef, is_of_class: bool = False) -> Iterator[str]:
@@ -183,7 +184,9 @@ def _class(node: ast.ClassDef) -> Iterator[str]:
         short = f"{node.name}({', '.join(arguments)})"
         yield from ("```python", *([short] if len(short) <= 88 else shown), "```", "")
     yield from _text(ast.get_docstring(node) or "")
-    if any(about for *_, about in fields):
+    if node.name in SETTINGS:
+        yield from (f"Its fields: {SETTINGS[node.name]}.", "")
+    elif any(about for *_, about in fields):
         yield from ("| setting | default | |", "|---|---|---|")
         for name, _, default, about in fields:
             yield f"| `{name}` | {f'`{_bars(default)}`' if default else ''} | {_cell(about)} |"
@@ -192,7 +195,7 @@ def _class(node: ast.ClassDef) -> Iterator[str]:
         is_public = isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_")
         if is_public and ast.get_docstring(inner):
             yield from (f"#### {node.name}.{inner.name}", "")
-            yield from _function(inner, inner.name)
+            yield from _function(inner, inner.name, ("Raises",))
 
 
 def _fields(node: ast.ClassDef) -> list[tuple[str, str, str, str]]:
@@ -218,33 +221,27 @@ def _fields(node: ast.ClassDef) -> list[tuple[str, str, str, str]]:
     return found
 
 
-def _text(docstring: str) -> Iterator[str]:
-    """Yields a docstring of Google's style as Markdown."""
-    before, *sections = SECTION.split(docstring)
-    yield from (*before.strip().splitlines(), "")
-    for title, text, after in zip(*(sections[i::3] for i in range(3)), strict=True):
-        body = textwrap.dedent(text).strip()
-        if title == "Example":
-            # Some examples cannot run: after "::", they are indented and have no prompt.
-            words, mark, code = body.partition(">>>" if ">>>" in body else "::")
-            if mark == ">>>":
-                code = f"{mark}{code}"
-            else:
-                words, code = f"{words}:", textwrap.dedent(code.strip("\n"))
-            yield from (*words.splitlines(), "", "```python", code, "```", "")
-        else:
-            yield from (f"**{title}**", "", *_entries(body), "")
-        yield from (*after.strip().splitlines(), "")
+def _text(docstring: str, sections: tuple[str, ...] = SECTIONS) -> Iterator[str]:
+    """Yields the first paragraph of a docstring of Google's style, and sections of it."""
+    before, *parts = SECTION.split(docstring)
+    yield from (*before.strip().partition("\n\n")[0].splitlines(), "")
+    for title, text in zip(parts[::3], parts[1::3], strict=True):
+        if title in sections:
+            yield from (f"**{title}**", "", *_entries(textwrap.dedent(text).strip()), "")
 
 
 def _entries(body: str) -> Iterator[str]:
-    """Yields the list of a section, or its text if it has no entries."""
+    """Yields the list of a section, or its text if it has no entries; of each, one sentence."""
     for block in re.split(r"\n(?=\S)", body):
         name, colon, text = block.partition(": ")
         if colon and re.fullmatch(r"[\w.*]+(, [\w.*]+)*", name):
-            yield f"- `{name}`: {' '.join(text.split())}"
+            yield f"- `{name}`: {_first_sentence(text)}"
         else:
             yield " ".join(block.split())
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=\.) (?=[A-Z`])", " ".join(text.split()))[0]
 
 
 def settings() -> Iterator[str]:
