@@ -279,7 +279,15 @@ class ModelServer:
 
     def routes(self) -> list[Route]:
         """Returns the addresses that the server answers."""
-        routes = [
+        routes = []
+        for address in ("/v1/models/{name}", "/v1/models/{name}/versions/{version}"):
+            # For every method, and first: most requests come here, and the last route would take
+            # ":predict" for a part of the name.
+            predict = Route(f"{address}:predict", self.predict, methods=list(http.HTTPMethod))
+            metadata = Route(f"{address}/metadata", self.model_metadata)
+            explain = Route(f"{address}:explain", self.explain, methods=["POST"])
+            routes += [predict, explain, metadata, Route(address, self.model_status)]
+        routes += [
             Route("/v1/models/{name}/items", self.items, methods=["PUT", "DELETE"]),
             Route("/v1/events", self.events, methods=["POST"]),
             Route("/v1/users/{user_id:path}", self.user, methods=["DELETE"]),
@@ -287,13 +295,6 @@ class ModelServer:
             Route("/readyz", self.readyz),
             Route("/metrics", prometheus),
         ]
-        for address in ("/v1/models/{name}", "/v1/models/{name}/versions/{version}"):
-            # For every method, and first: the last route would take ":predict" for a part of the
-            # name.
-            predict = Route(f"{address}:predict", self.predict, methods=list(http.HTTPMethod))
-            metadata = Route(f"{address}/metadata", self.model_metadata)
-            explain = Route(f"{address}:explain", self.explain, methods=["POST"])
-            routes += [predict, explain, metadata, Route(address, self.model_status)]
         if self.settings.page:
             routes += [
                 Route("/", index_page),
