@@ -225,13 +225,15 @@ def test_wrong_kinds_are_refused() -> None:
         made(share=1)
     with pytest.raises(ValueError, match="num must be a whole number, 1 or more"):
         made(num=0)
-    with pytest.raises(ValueError, match=r"'even' need lists of candidate rows from 1"):
+    with pytest.raises(ValueError, match=r"'odd' need lists of candidate rows in 1 .. 40"):
         made(by_user=((-1, 2), *FILE.by_user[1:]))
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=r"'odd' need lists of candidate rows in 1 .. 40"):
+        made(by_user=((41, 2), *FILE.by_user[1:]))
+    with pytest.raises(ValueError, match=r"'even' .* the number of one of 9 lists"):
         made(by_user=FILE.by_user[:9])
     rows = small.SAMPLES.query_rows
     for numbers in (rows[:9], -rows):
-        with pytest.raises(ValueError, match=r"for each of 150 samples the number of its list"):
+        with pytest.raises(ValueError, match=r"for each of 150 samples the number of one of 21"):
             small.make_batches(hard=Returning({"x": ([[1]] * 21, numbers)}))
     with pytest.raises(tp.DataError, match="none of 150 positives has a hard negative"):
         made(by_user=((),) * 21)

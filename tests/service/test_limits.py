@@ -12,7 +12,15 @@ import pytest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from tests.service.running_server import GOOD, JSON, PREDICT, TEXT, Running, retrieve_user
+from tests.service.running_server import (
+    GOOD,
+    JSON,
+    PREDICT,
+    TEXT,
+    Running,
+    off_the_event_loop,
+    retrieve_user,
+)
 from tfrs_pipeline.service.server import _http_error
 from tfrs_pipeline.service.versions import ServedVersion
 
@@ -164,6 +172,7 @@ def test_slow_bodies_time_out_and_hold_up_nobody(small: Running) -> None:
 
 
 def test_slow_calls_hold_up_nobody(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    off_the_event_loop(monkeypatch)
     gate, real = threading.Event(), ServedVersion.call
     called: list[None] = []
 
@@ -187,8 +196,31 @@ def test_slow_calls_hold_up_nobody(small: Running, monkeypatch: pytest.MonkeyPat
     small.run(ask())
 
 
+def test_a_quick_model_that_turns_slow_leaves_the_event_loop(
+    small: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, threads = ServedVersion.call, list[str]()
+
+    def busy(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name.rpartition("_")[0])
+        end = time.thread_time() + 0.05
+        while time.thread_time() < end:
+            pass
+        return real(*arguments)
+
+    with small.server.versions.use() as version:
+        monkeypatch.setattr(version, "is_quick", True)
+        monkeypatch.setattr(ServedVersion, "call", busy)
+        for _ in range(3):
+            assert small.post(PREDICT, json=GOOD).status_code == 200
+    # The first ran on the event loop itself.
+    assert "requests" not in threads[0]
+    assert threads[1:] == ["requests", "requests"]
+
+
 def test_small_requests_overtake_large(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than four queries, or 500 results, are large."""
+    off_the_event_loop(monkeypatch)
     gate, real, asked = threading.Event(), ServedVersion.call, []
 
     def watched(version: ServedVersion, signature: str, inputs: Any) -> Any:

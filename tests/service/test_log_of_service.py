@@ -16,7 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.service.running_server import PREDICT, Running, retrieve_user, send, until
+from tests.service.running_server import (
+    PREDICT,
+    Running,
+    off_the_event_loop,
+    retrieve_user,
+    send,
+    until,
+)
 from tests.service.test_user_events import event
 from tfrs_pipeline import ConfigError, Log, Reading, load, write_log
 from tfrs_pipeline.durable import StorageError
@@ -319,6 +326,7 @@ def test_one_huge_answer_leaves_items_for_the_next(films: Path) -> None:
 def test_much_to_leave_out_does_not_run_among_the_small(
     films: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    off_the_event_loop(monkeypatch)
     journal, ran = Journal(films), list[str]()
     for user, num in ((102, 1), (103, 40)):
         items = [[*range(100 * n, 100 * n + 100)] for n in range(num)]

@@ -35,11 +35,17 @@ class HardPool(NamedTuple):
         # In random order, since a row draws neighbours of a list together.
         packed = RowLists.from_lists([rng.permutation(np.asarray(rows, int)) for rows in lists])
         numbers = np.arange(len(packed)) if key is None else np.asarray(key)
-        # An index out of range is an error by itself; a negative one counts from the end.
-        if len(numbers) != len(samples) or min(numbers.min(), packed.values.min(initial=1)) < 0:
+        last, rows = len(samples.counts) - 1, packed.values
+        # Here, because what a graph says of an index out of range names no kind and no list.
+        if (
+            len(numbers) != len(samples)
+            or not 0 <= numbers.min() <= numbers.max() < len(packed)
+            or not 0 <= rows.min(initial=0) <= rows.max(initial=0) <= last
+        ):
             raise ValueError(
-                f"Hard negatives {name!r} need lists of candidate rows from 1, and for each of "
-                f"{len(samples)} samples the number of its list. Received: {lists!r:.200}, {key}"
+                f"Hard negatives {name!r} need lists of candidate rows in 1 .. {last}, and for "
+                f"each of {len(samples)} samples the number of one of {len(packed)} lists. "
+                f"Received: {lists!r:.200}, {key}"
             )
         return cls(packed, numbers)
 
