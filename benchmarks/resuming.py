@@ -46,8 +46,8 @@ import tensorflow as tf
 import tfrs_pipeline as tp
 from tests.damage import DAMAGES, damage
 from tests.small_log import Stopped, Watched, event_table, item_table, small_config, write
+from tfrs_pipeline.answers import version
 from tfrs_pipeline.run.pipeline import run
-from tfrs_pipeline.service import version
 
 HALF_WRITTEN = ("_temp", ".partial", "_work-", ".partial-")
 # A run that is neither killed nor done by then counts as hanging.

@@ -41,7 +41,7 @@ ROOMS = {
     "drawing": "Figures",
     "exports": "Export",
     "search": "Search",
-    "service": "Models in service",
+    "answers": "Models in service",
     "retrieval": "Retrievers",
     "config": "Settings of a run",
     "settings": "Errors of settings",

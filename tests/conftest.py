@@ -70,8 +70,8 @@ def trusted_exports() -> Iterator[None]:
 
     These are the check of every export, and the SavedModel of a refresh.
     """
+    from tfrs_pipeline.answers import version
     from tfrs_pipeline.run import refresh
-    from tfrs_pipeline.service import version
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(version, "prove", lambda *arguments: None)
@@ -82,8 +82,8 @@ def trusted_exports() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def few_signatures() -> Iterator[None]:
     """Exports only the signatures for users and histories, which takes half the time."""
+    from tfrs_pipeline.answers import signatures
     from tfrs_pipeline.exports import saved_model
-    from tfrs_pipeline.service import signatures
 
     with pytest.MonkeyPatch.context() as patch:
         few = {"retrieve_user": "embed_user", "retrieve": "embed_query"}

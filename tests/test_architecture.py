@@ -158,7 +158,7 @@ def test_a_path_names_every_module_that_runs(
 def test_the_lists_of_rooms_are_that_of_the_imports() -> None:
     tree = re.findall(r"(?m)^  (\w+)(?:/|\.py)  ", ARCHITECTURE)
     assert tree == ROOMS
-    order = CONTRIBUTING.partition("in the order of")[2].partition("\n[")[0]
+    order = CONTRIBUTING.partition("in the order of")[2].partition("[The")[0]
     assert re.findall(r"`(\w+)`", order) == ROOMS
 
 

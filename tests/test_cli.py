@@ -26,6 +26,7 @@ from rich.text import Text
 
 from tests.small_log import NUM_ITEMS, event_table, item_table, small_config, write
 from tfrs_pipeline import FunnelLosers, Popularity, Uniform, cli, dump_config, load_config
+from tfrs_pipeline.answers import retriever
 from tfrs_pipeline.cli.commands import BRIEF, COMMAND_LINE, TRAINING
 from tfrs_pipeline.cli.console import Shown, shown
 from tfrs_pipeline.cli.flags import as_typed, explained
@@ -39,7 +40,6 @@ from tfrs_pipeline.run import data as run_data
 from tfrs_pipeline.run import pipeline
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.steps import RunContext, Step
-from tfrs_pipeline.service import retriever
 from tfrs_pipeline.settings import Config, tables_in
 
 pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")

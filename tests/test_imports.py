@@ -20,11 +20,14 @@ PACKAGE = Path(tfrs_pipeline.__file__).parent
 FIRST = (
     "libraries messages settings retrieval durable features cluster data sources negatives testing"
 )
-LAST = "samples batches search evaluation drawing service model exports presets config run"
+LAST = (
+    "samples batches search evaluation drawing records answers service model exports presets "
+    "config run"
+)
 ROOMS = f"{FIRST} {LAST} report cli".split()
 TENSORFLOW = {"tensorflow", "tf_keras", "keras", "tensorflow_recommenders", "scann"}
 LIGHT_ROOMS = "messages settings retrieval durable cluster drawing data sources samples evaluation"
-LIGHT_MODULES = "features negatives.samplers search service run.refresh cli"
+LIGHT_MODULES = "features negatives.samplers search records answers service run.refresh cli"
 LIGHT_STARTS = (*LIGHT_ROOMS.split(), *LIGHT_MODULES.split())
 IN_GRAPH = {"tfrs_pipeline.features.graph", "tfrs_pipeline.features.layers"}
 
@@ -80,7 +83,7 @@ def graph_at_start() -> dict[str, set[str]]:
 
 @functools.cache
 def graph_when_loaded() -> dict[str, set[str]]:
-    deferred = ("libraries", "features", "service", "run", "cli")
+    deferred = ("libraries", "features", "records", "answers", "service", "run", "cli")
     kinds = (module for module in SOURCES if room(module) in deferred)
     return graph() | {x: set(imports(SOURCES[x].read_text(), is_deferred=False)) for x in kinds}
 
@@ -152,13 +155,13 @@ HTTP = {"prometheus_client", "starlette", "typing_extensions", "uvicorn"}
     ("cli.runs", {*SETTINGS, *ARRAYS, "rich"}),
     ("features.kinds", ARRAYS),
     ("search.candidates", ARRAYS),
-    ("service.database", set()),
+    ("records.database", set()),
     ("service.settings", SETTINGS),
-    ("service.user_events", {*SETTINGS, *ARRAYS}),
-    ("service.retriever", LOADED),
-    ("service.recommend", LOADED),
-    ("service.vectors", LOADED),
-    ("service.log_of_service", LOADED),
+    ("records.user_events", {*SETTINGS, *ARRAYS}),
+    ("answers.retriever", LOADED),
+    ("answers.recommend", LOADED),
+    ("answers.vectors", LOADED),
+    ("answers.log_of_service", LOADED),
     ("service.server", {*LOADED, *HTTP}),
 ])  # fmt: skip
 def test_a_light_start_imports_few_libraries(start: str, allowed: set[str]) -> None:

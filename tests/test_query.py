@@ -11,8 +11,8 @@ import pytest
 from tests.service.conftest import Served, make_served
 from tests.service.test_requests import FEATURES, READ, TYPED, K, query_of
 from tfrs_pipeline import Exact, LoadedRetriever, export
+from tfrs_pipeline.answers import retriever
 from tfrs_pipeline.features.categorical import Text
-from tfrs_pipeline.service import retriever
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.answers.signatures import completed, numpy_type
 from tfrs_pipeline.features.feature import Spec
 from tfrs_pipeline.model.tf_tables import as_tensors, signature_inputs
-from tfrs_pipeline.service.signatures import completed, numpy_type
 
 
 @functools.lru_cache(maxsize=3)

@@ -9,9 +9,9 @@ import pytest
 
 from tests.service.conftest import NUM_CANDIDATES, Served, make_served
 from tfrs_pipeline import Exact, export, load, write_vectors
+from tfrs_pipeline.answers.publish import MANIFEST_FILE
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.exports.alignment import align
-from tfrs_pipeline.service.publish import MANIFEST_FILE
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.service.conftest import KIND_OF, NUM_CANDIDATES, Exported, Served, make_served
+from tfrs_pipeline.answers.proof import ExportError
+from tfrs_pipeline.answers.retriever import LoadedRetriever, load
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.exports import export as export_module
 from tfrs_pipeline.exports.export import export
 from tfrs_pipeline.exports.saved_model import RetrievalModule
 from tfrs_pipeline.search.queries import padded_ids
 from tfrs_pipeline.search.settings import Exact, Scann
-from tfrs_pipeline.service.proof import ExportError
-from tfrs_pipeline.service.retriever import LoadedRetriever, load
 
 
 @pytest.fixture(scope="module")

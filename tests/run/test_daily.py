@@ -18,6 +18,7 @@ import tensorflow as tf
 from tests.damage import DAMAGES, damage
 from tests.small_log import Stopped, Watched, event_table, item_id, item_table, small_config, write
 from tfrs_pipeline import ConfigError, Holdout, Split, evaluate, load
+from tfrs_pipeline.answers.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.cli.commands import NOT_PUBLISHED
 from tfrs_pipeline.config import RunConfig, dump_config, with_settings
 from tfrs_pipeline.durable import Damaged, InUse, locked, read_record, write_record
@@ -28,7 +29,6 @@ from tfrs_pipeline.run.gate import IN_SERVICE, version_in_service
 from tfrs_pipeline.run.pipeline import RunResult, run
 from tfrs_pipeline.run.plans import ensemble_of, resolve_settings
 from tfrs_pipeline.run.training import split_in, trained_in
-from tfrs_pipeline.service.publish import MANIFEST_FILE, versions_of
 
 pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")
 YESTERDAY, TODAY = range(75), range(5, 80)  # Numbers of each day's items.

@@ -13,12 +13,12 @@ import pytest
 from tests.service.running_server import PREDICT, Running, retrieve_user, send
 from tests.small_log import Watched, small_config, write
 from tfrs_pipeline import Log
+from tfrs_pipeline.answers.publish import MANIFEST_FILE
+from tfrs_pipeline.answers.retriever import load
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.pipeline import run
 from tfrs_pipeline.run.training import split_in, trained_in
-from tfrs_pipeline.service.publish import MANIFEST_FILE
-from tfrs_pipeline.service.retriever import load
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 NUM_USERS, NUM_ITEMS = 60, 40

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tests.shop_log import write_shop
+from tfrs_pipeline.answers.publish import versions_of
 from tfrs_pipeline.config import dump_config, load_config, with_settings
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.report.verdict import compared_with_baselines, other_question
-from tfrs_pipeline.service.publish import versions_of
 
 DAILY = """
 [data]

@@ -23,6 +23,9 @@ from tests import small_log
 from tests.small_batches import assert_same_samples
 from tests.small_log import NUM_ITEMS, Ids, Stopped, Watched, event_table, item_id, write
 from tfrs_pipeline import durable
+from tfrs_pipeline.answers import version as service_version
+from tfrs_pipeline.answers.publish import NotPublished, versions_of
+from tfrs_pipeline.answers.retriever import load
 from tfrs_pipeline.cli.commands import NOT_PUBLISHED
 from tfrs_pipeline.data import held_out_queries
 from tfrs_pipeline.data.schema import AskedBy
@@ -39,9 +42,6 @@ from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.run.training import split_in, trained_in
 from tfrs_pipeline.samples.store import read_samples
 from tfrs_pipeline.search.exclusions import KNOWN_STAGES
-from tfrs_pipeline.service import version as service_version
-from tfrs_pipeline.service.publish import NotPublished, versions_of
-from tfrs_pipeline.service.retriever import load
 
 PROVE = service_version.prove
 pytestmark = pytest.mark.usefixtures("quick_runs", "traced_once")

@@ -15,6 +15,9 @@ import pytest
 
 from tests.service.running_server import Running
 from tfrs_pipeline import Exportable, LoadedRetriever, TwoTower, TwoTowerNetwork, load
+from tfrs_pipeline.answers import signatures, version
+from tfrs_pipeline.answers.publish import versions_of
+from tfrs_pipeline.answers.signatures import RETRIEVALS
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.durable import locked
 from tfrs_pipeline.exports import export, saved_model
@@ -29,9 +32,6 @@ from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.search.searcher import Searcher
 from tfrs_pipeline.search.settings import Exact, Level, Scann
 from tfrs_pipeline.search.topk import ExactRetriever
-from tfrs_pipeline.service import signatures, version
-from tfrs_pipeline.service.publish import versions_of
-from tfrs_pipeline.service.signatures import RETRIEVALS
 
 NUM_QUERIES, NUM_CANDIDATES = 6, 60
 EVIL = "<script>alert(1)</script> & \"quoted\" 'é'"

@@ -74,8 +74,8 @@ def test_blocks_of_users_give_the_same(
 ) -> None:
     model, items = load(folder, live=False), served.candidate_ids[:9].tolist()
     audience(model, items, tmp_path / "whole.parquet", k=3)
-    monkeypatch.setattr("tfrs_pipeline.service.audience.USERS_PER_PART", 4)
-    monkeypatch.setattr("tfrs_pipeline.service.audience.QUERIES_PER_CALL", 3)
+    monkeypatch.setattr("tfrs_pipeline.answers.audience.USERS_PER_PART", 4)
+    monkeypatch.setattr("tfrs_pipeline.answers.audience.QUERIES_PER_CALL", 3)
     seen: list[tuple[int, int]] = []
 
     class Shown(Progress):

@@ -16,8 +16,8 @@ import pytest
 
 from tests.damage import copy_database, largest_file
 from tfrs_pipeline.durable import Damaged, StorageError
-from tfrs_pipeline.service.database import Replaced
-from tfrs_pipeline.service.live_items import STORE_FILE, Store
+from tfrs_pipeline.records.database import Replaced
+from tfrs_pipeline.records.live_items import STORE_FILE, Store
 
 ITEMS: list[dict[str, Any]] = [{"item_id": f"é\n{i}\0", "x": i / 3, "tags": [""]} for i in range(4)]
 
@@ -107,7 +107,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
 
 def test_it_says_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(Store(tmp_path), ITEMS[0])
-    monkeypatch.setattr("tfrs_pipeline.service.database.BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("tfrs_pipeline.records.database.BUSY_SECONDS", 0.05)
     store = Store(tmp_path)
     with Store(tmp_path).writing():
         assert read(store) == ITEMS[:1]  # Readers do not wait.
@@ -194,7 +194,7 @@ def test_another_file_is_noticed(tmp_path: Path, change: Any) -> None:
 
 
 WRITER = (
-    "import sys; from pathlib import Path; from tfrs_pipeline.service.live_items import Store\n"
+    "import sys; from pathlib import Path; from tfrs_pipeline.records.live_items import Store\n"
     "name, first, last = sys.argv[2], *map(int, sys.argv[3:])\n"
     "stores = [Store(Path(sys.argv[1])) for _ in range(2)]\n"
     "for number in range(first, last):\n"

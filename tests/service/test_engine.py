@@ -11,14 +11,14 @@ from tests.exports.saved import decoded
 from tests.service.conftest import NUM_QUERIES, Served, make_served
 from tests.service.test_requests import FEATURES, REQUESTS, user_queries
 from tfrs_pipeline import Exact, LoadedRetriever, export, load
+from tfrs_pipeline.answers import engine as engine_module
+from tfrs_pipeline.answers.proof import difference
+from tfrs_pipeline.answers.signatures import completed
 from tfrs_pipeline.exports.encoder import Encoder
 from tfrs_pipeline.model.tf_tables import as_tensors, call, signature_inputs
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.search.candidates import UnknownItem
 from tfrs_pipeline.search.history_bonus import HistoryBonus, NeighbourBonus, RepeatBonus
-from tfrs_pipeline.service import engine as engine_module
-from tfrs_pipeline.service.proof import difference
-from tfrs_pipeline.service.signatures import completed
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 

@@ -16,7 +16,7 @@ from tests.service.test_history_bonus import (  # noqa: F401
 )
 from tests.service.test_user_events import event
 from tfrs_pipeline import LoadedRetriever, explain, load
-from tfrs_pipeline.service.explain import MAX_LEFT_OUT
+from tfrs_pipeline.answers.explain import MAX_LEFT_OUT
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 K = 7

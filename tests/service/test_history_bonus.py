@@ -14,6 +14,9 @@ from tests.exports.saved import ask_saved_model
 from tests.search.test_item_graph import neighbour_bonuses_by_hand, weights_by_hand
 from tests.service.conftest import NUM_CANDIDATES, Served, make_served
 from tfrs_pipeline import Holdout, evaluate, recommend
+from tfrs_pipeline.answers.publish import SCANN_FOLDER
+from tfrs_pipeline.answers.retriever import LoadedRetriever, load
+from tfrs_pipeline.answers.signatures import completed, numpy_type
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.exports.export import export
 from tfrs_pipeline.exports.graph_index import load_scann_ops
@@ -21,9 +24,6 @@ from tfrs_pipeline.search.history_bonus import HistoryBonus, NeighbourBonus, Rep
 from tfrs_pipeline.search.item_graph import KINDS
 from tfrs_pipeline.search.queries import id_array, padded_ids
 from tfrs_pipeline.search.settings import Exact, Scann
-from tfrs_pipeline.service.publish import SCANN_FOLDER
-from tfrs_pipeline.service.retriever import LoadedRetriever, load
-from tfrs_pipeline.service.signatures import completed, numpy_type
 
 pytestmark = pytest.mark.usefixtures("few_signatures")
 NEXT, TOGETHER = KINDS

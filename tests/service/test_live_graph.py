@@ -13,14 +13,14 @@ import pytest
 from tests.search.test_item_graph import graph_of
 from tests.service.conftest import NUM_CANDIDATES, NUM_QUERIES, Served, make_served
 from tests.service.test_user_events import event
+from tfrs_pipeline.answers import live_graph
+from tfrs_pipeline.answers.retriever import LoadedRetriever, load
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.exports.export import export
+from tfrs_pipeline.records.user_events import Journal, check_events
 from tfrs_pipeline.search.history_bonus import HistoryBonus, NeighbourBonus
 from tfrs_pipeline.search.item_graph import KINDS, ItemGraph
 from tfrs_pipeline.search.settings import Exact
-from tfrs_pipeline.service import live_graph
-from tfrs_pipeline.service.retriever import LoadedRetriever, load
-from tfrs_pipeline.service.user_events import Journal, check_events
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 NEXT, TOGETHER = KINDS

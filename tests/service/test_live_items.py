@@ -22,10 +22,10 @@ from tfrs_pipeline.durable import Damaged, StorageError
 from tfrs_pipeline.exports import export as export_module
 from tfrs_pipeline.features.numeric import Numeric, Timestamp
 from tfrs_pipeline.messages import StepReport
+from tfrs_pipeline.records import live_items
+from tfrs_pipeline.records.live_items import STORE_FILE, Store, _check_kind, _plain
+from tfrs_pipeline.records.user_events import JOURNAL_FILE
 from tfrs_pipeline.search import candidates as candidates_module
-from tfrs_pipeline.service import live_items
-from tfrs_pipeline.service.live_items import STORE_FILE, Store, _check_kind, _plain
-from tfrs_pipeline.service.user_events import JOURNAL_FILE
 
 ITEMS = "/v1/models/films/items"
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
@@ -246,7 +246,7 @@ def test_old_writes_that_no_version_takes_are_dropped(
     now = time.time()
     for age in (31 * days, 29 * days):
         with monkeypatch.context() as patch:
-            patch.setattr("tfrs_pipeline.service.live_items.time.time", lambda age=age: now - age)
+            patch.setattr("tfrs_pipeline.records.live_items.time.time", lambda age=age: now - age)
             first = 0 if age > 30 * days else 1
             written = {id_: item(id_) for id_ in (ids[first], 90_000 + first)}
             Store(films).write_items(written | dict.fromkeys([ids[2 + first], 90_002 + first]))
@@ -260,7 +260,7 @@ def test_a_clock_that_is_set_back_undoes_no_write(
 ) -> None:
     """The items of a version were read an hour from now, by the clock of the write."""
     earlier = datetime.fromisoformat(load(films).manifest["items_read"]).timestamp() - 3600
-    monkeypatch.setattr("tfrs_pipeline.service.live_items.time.time", lambda: earlier)
+    monkeypatch.setattr("tfrs_pipeline.records.live_items.time.time", lambda: earlier)
     removed, changed = make_served("int").candidate_ids[:2].tolist()
     retriever, query = load(films), {"history": [removed]}
     retriever.remove([removed])

@@ -26,11 +26,13 @@ from tests.service.running_server import (
 )
 from tests.service.test_user_events import event
 from tfrs_pipeline import ConfigError, Log, Reading, load, write_log
+from tfrs_pipeline.answers import log_of_service
 from tfrs_pipeline.durable import StorageError
-from tfrs_pipeline.service import log_of_service, user_events
+from tfrs_pipeline.records import user_events
+from tfrs_pipeline.records.settings import Lately
+from tfrs_pipeline.records.user_events import JOURNAL_FILE, Answer, Event, Journal, Recorder
 from tfrs_pipeline.service import server as server_module
-from tfrs_pipeline.service.settings import Lately, ServeSettings
-from tfrs_pipeline.service.user_events import JOURNAL_FILE, Answer, Event, Journal, Recorder
+from tfrs_pipeline.service.settings import ServeSettings
 
 
 def answer(id_: str, users: list[Any], items: list[list[Any]], time: int = 5) -> Answer:

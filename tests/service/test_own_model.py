@@ -9,9 +9,9 @@ import pytest
 import tensorflow as tf
 
 import tfrs_pipeline as tp
+from tfrs_pipeline.answers.retriever import load
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.samples.store import RowLists
-from tfrs_pipeline.service.retriever import load
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.service.conftest import NUM_CANDIDATES, Exported, Served
 from tests.service.running_server import JSON, Running
-from tfrs_pipeline.service.retriever import LoadedRetriever
+from tfrs_pipeline.answers.retriever import LoadedRetriever
 
 
 def test_the_page_is_one_file_that_asks_no_other_server(running: Running) -> None:

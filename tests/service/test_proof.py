@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tests.service.conftest import Exported
-from tfrs_pipeline.service import proof
-from tfrs_pipeline.service.proof import ExportError, difference, prove
-from tfrs_pipeline.service.publish import SAVED_MODEL_PARTS
-from tfrs_pipeline.service.retriever import load
+from tfrs_pipeline.answers import proof
+from tfrs_pipeline.answers.proof import ExportError, difference, prove
+from tfrs_pipeline.answers.publish import SAVED_MODEL_PARTS
+from tfrs_pipeline.answers.retriever import load
 
 EXPECTED = {
     "candidate_ids": np.array([[5, 3, 8, -1]]),

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tfrs_pipeline.answers.publish import MANIFEST_FILE, new_version, versions_of
 from tfrs_pipeline.durable import write_record
-from tfrs_pipeline.service.publish import MANIFEST_FILE, new_version, versions_of
 
 NUM_KILLS = 16
 MAX_KILLS = 10 * NUM_KILLS
@@ -26,7 +26,7 @@ FILES_OF_A_VERSION = 8
 PUBLISHER = """
 import itertools, sys
 from pathlib import Path
-from tfrs_pipeline.service.publish import MANIFEST_FILE, new_version
+from tfrs_pipeline.answers.publish import MANIFEST_FILE, new_version
 
 parent = Path(sys.argv[1])
 print("ready", flush=True)
@@ -120,7 +120,7 @@ def test_refreshes_push_out_no_other_training(tmp_path: Path) -> None:
 DECIDER = """
 import sys
 from pathlib import Path
-from tfrs_pipeline.service.publish import MANIFEST_FILE, new_version, publishing, versions_of
+from tfrs_pipeline.answers.publish import MANIFEST_FILE, new_version, publishing, versions_of
 
 parent = Path(sys.argv[1])
 print("ready", flush=True)

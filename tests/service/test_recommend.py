@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.service.conftest import NUM_QUERIES, Served
+from tfrs_pipeline.answers import recommend as module
+from tfrs_pipeline.answers.recommend import recommend
+from tfrs_pipeline.answers.retriever import LoadedRetriever, load
 from tfrs_pipeline.durable import InUse, locked
 from tfrs_pipeline.messages import Progress
-from tfrs_pipeline.service import recommend as module
-from tfrs_pipeline.service.recommend import recommend
-from tfrs_pipeline.service.retriever import LoadedRetriever, load
-from tfrs_pipeline.service.user_events import Event, Journal
+from tfrs_pipeline.records.user_events import Event, Journal
 
 
 def rows(path: Path) -> dict[Any, list[tuple[Any, float]]]:

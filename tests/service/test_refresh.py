@@ -20,6 +20,16 @@ from tests.exports.saved import ask_saved_model
 from tests.service.conftest import NUM_CANDIDATES, Exported, Served, make_served
 from tests.small_log import Watched
 from tfrs_pipeline import Auto, DataError, Exact, LoadedRetriever, Scann, load
+from tfrs_pipeline.answers import retriever, signatures
+from tfrs_pipeline.answers import version as version_module
+from tfrs_pipeline.answers.publish import (
+    MANIFEST_FILE,
+    SAVED_MODEL_PARTS,
+    SCANN_FOLDER,
+    versions_of,
+)
+from tfrs_pipeline.answers.signatures import RETRIEVALS
+from tfrs_pipeline.answers.version import ExportOptions
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.exports.export import export
@@ -28,17 +38,7 @@ from tfrs_pipeline.features.kinds import KINDS
 from tfrs_pipeline.run import refresh
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.search import searcher
-from tfrs_pipeline.service import retriever, signatures
-from tfrs_pipeline.service import version as version_module
-from tfrs_pipeline.service.publish import (
-    MANIFEST_FILE,
-    SAVED_MODEL_PARTS,
-    SCANN_FOLDER,
-    versions_of,
-)
 from tfrs_pipeline.service.settings import ServeSettings
-from tfrs_pipeline.service.signatures import RETRIEVALS
-from tfrs_pipeline.service.version import ExportOptions
 from tfrs_pipeline.service.versions import ServedVersion
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")

@@ -15,13 +15,13 @@ from starlette.exceptions import HTTPException
 from tests.exports.saved import ask_saved_model
 from tests.service.conftest import NUM_QUERIES, Served, make_served
 from tfrs_pipeline import Exact, LoadedRetriever, export, load
+from tfrs_pipeline.answers import version as version_module
 from tfrs_pipeline.exports import export as export_module
 from tfrs_pipeline.features.categorical import Categorical, MultiCategorical
 from tfrs_pipeline.features.numeric import Numeric, Timestamp, Vector
 from tfrs_pipeline.model.tf_tables import tower_of
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.service import page, rest
-from tfrs_pipeline.service import version as version_module
 from tfrs_pipeline.service.settings import ServeSettings
 from tfrs_pipeline.service.versions import ServedVersion
 

@@ -14,9 +14,9 @@ import pytest
 from tests.damage import damage
 from tests.service.conftest import KIND_OF, NUM_CANDIDATES, Exported, Served, make_served
 from tfrs_pipeline import Auto, LoadedRetriever, Scann, export, load
+from tfrs_pipeline.answers.publish import INDEX_FOLDER, ITEMS_FILE, MANIFEST_FILE
 from tfrs_pipeline.durable import Damaged, write_record
 from tfrs_pipeline.search import settings as index
-from tfrs_pipeline.service.publish import INDEX_FOLDER, ITEMS_FILE, MANIFEST_FILE
 
 ROOT = Path(__file__).parents[2]
 
@@ -194,7 +194,7 @@ def refuse(path):
 
 tf.load_op_library = refuse
 from tests.service.running_server import GOOD, Running
-from tfrs_pipeline.service.retriever import load
+from tfrs_pipeline.answers.retriever import load
 
 loaded = load(sys.argv[1])
 ids, _ = loaded.retrieve([{"history": [7]}], 5)

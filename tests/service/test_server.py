@@ -18,8 +18,8 @@ from google.protobuf import json_format
 from tests.exports.saved import ask_saved_model, saved_model
 from tests.service.conftest import NUM_QUERIES, Served
 from tests.service.running_server import GOOD, JSON, PREDICT, Running, in_json, retrieve_user
-from tfrs_pipeline.service.retriever import LoadedRetriever
-from tfrs_pipeline.service.signatures import DEFAULT_K, DEFAULT_SIGNATURE, numpy_type
+from tfrs_pipeline.answers.retriever import LoadedRetriever
+from tfrs_pipeline.answers.signatures import DEFAULT_K, DEFAULT_SIGNATURE, numpy_type
 from tfrs_pipeline.service.versions import ServedVersion
 
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tfrs_pipeline.answers.stored import MappedIds, Stored, read_array, write_array
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.search.item_graph import ItemGraph
-from tfrs_pipeline.service.stored import MappedIds, Stored, read_array, write_array
 
 INTEGERS = st.integers(-(2**63), 2**63 - 1).filter(lambda id_: id_ != -1)
 # Without surrogates, which no table can hold.

@@ -17,13 +17,7 @@ import tensorflow as tf
 from tests.service.conftest import NUM_CANDIDATES, NUM_QUERIES, Served, make_served
 from tests.service.test_requests import FEATURES
 from tfrs_pipeline import Exact, Exportable, export, load
-from tfrs_pipeline.exports.towers import write_towers
-from tfrs_pipeline.features.raw import NO_TIME
-from tfrs_pipeline.libraries import quiet_natives
-from tfrs_pipeline.model.tf_tables import tower_of
-from tfrs_pipeline.samples.store import RowLists
-from tfrs_pipeline.search.queries import Tower, candidate_inputs
-from tfrs_pipeline.service.towers import (
+from tfrs_pipeline.answers.towers import (
     CANDIDATE_TOWER,
     QUERY_TOWER,
     LiteRtTower,
@@ -31,6 +25,12 @@ from tfrs_pipeline.service.towers import (
     load_tower,
     needs_tensorflow,
 )
+from tfrs_pipeline.exports.towers import write_towers
+from tfrs_pipeline.features.raw import NO_TIME
+from tfrs_pipeline.libraries import quiet_natives
+from tfrs_pipeline.model.tf_tables import tower_of
+from tfrs_pipeline.samples.store import RowLists
+from tfrs_pipeline.search.queries import Tower, candidate_inputs
 
 Inputs = dict[str, np.ndarray]
 
@@ -150,7 +150,7 @@ def test_a_bad_file_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
 def test_a_process_that_loads_a_tower_writes_nothing(written: tuple[Served, Path]) -> None:
     """LiteRT writes a line when a process makes its first interpreter."""
     names = [*written[0].exportable().inputs.tower_inputs]
-    program = "import os, sys, pathlib\nfrom tfrs_pipeline.service.towers import load_tower\n"
+    program = "import os, sys, pathlib\nfrom tfrs_pipeline.answers.towers import load_tower\n"
     program += "load_tower(pathlib.Path(sys.argv[1]), 'query', sys.argv[2:])\nos.write(2, b'after')"
     command = [sys.executable, "-c", program, str(written[1]), *names]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

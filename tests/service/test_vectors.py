@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.service.conftest import Exported
+from tfrs_pipeline.answers import vectors
+from tfrs_pipeline.answers.retriever import load
 from tfrs_pipeline.durable import StorageError
 from tfrs_pipeline.search.candidates import Candidates
-from tfrs_pipeline.service import vectors
-from tfrs_pipeline.service.retriever import load
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tfrs_pipeline.answers import version
+from tfrs_pipeline.answers.version import ExportOptions, Items, query_table
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.features.categorical import Categorical
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.search.queries import QueryInputs
 from tfrs_pipeline.search.settings import Auto, Exact, Scann
 from tfrs_pipeline.search.tune import Requests
-from tfrs_pipeline.service import version
-from tfrs_pipeline.service.version import ExportOptions, Items, query_table
 
 
 def inputs_of(requests: tuple[Feature, ...], *, reads_times: bool = False) -> QueryInputs:

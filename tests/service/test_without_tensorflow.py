@@ -15,8 +15,8 @@ import pytest
 from tests.service.conftest import Exported, make_served
 from tests.service.running_server import GOOD
 from tfrs_pipeline import load
-from tfrs_pipeline.service.publish import SAVED_MODEL_FILE
-from tfrs_pipeline.service.recommend import recommend
+from tfrs_pipeline.answers.publish import SAVED_MODEL_FILE
+from tfrs_pipeline.answers.recommend import recommend
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import tfrs_pipeline
+from tfrs_pipeline.answers.publish import NotPublished
 from tfrs_pipeline.cli.console import PROGRAM
 from tfrs_pipeline.cli.flags import CommandLine, UsageError
 from tfrs_pipeline.libraries import require
 from tfrs_pipeline.messages import as_interrupts
-from tfrs_pipeline.service.publish import NotPublished
 from tfrs_pipeline.settings import ConfigError
 
 logger = logging.getLogger(__name__)

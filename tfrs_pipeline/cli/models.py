@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tfrs_pipeline.answers.publish import version_at
 from tfrs_pipeline.cli.console import native_errors_to, say, shown
 from tfrs_pipeline.cli.flags import OfModel, PositionalPath
 from tfrs_pipeline.durable import parquet_destination
 from tfrs_pipeline.messages import as_interrupts, counted, printable
-from tfrs_pipeline.service.publish import version_at
 from tfrs_pipeline.service.settings import ServeSettings
 
 ParquetPath: TypeAlias = Annotated[Path, AfterValidator(parquet_destination)]
@@ -95,8 +95,8 @@ class Recommend(OfModel):
 
     def __call__(self) -> int:
         """Writes the file and says how fast."""
-        from tfrs_pipeline.service.recommend import recommend
-        from tfrs_pipeline.service.retriever import load
+        from tfrs_pipeline.answers.recommend import recommend
+        from tfrs_pipeline.answers.retriever import load
 
         console = Console()
         options: dict[str, Any] = {"users": self.users, "k": self.k, "allowed": self.filter}
@@ -134,8 +134,8 @@ class Audience(OfModel):
 
     def __call__(self) -> int:
         """Writes the file and says how many rows it has."""
-        from tfrs_pipeline.service.audience import audience
-        from tfrs_pipeline.service.retriever import load
+        from tfrs_pipeline.answers.audience import audience
+        from tfrs_pipeline.answers.retriever import load
 
         console = Console()
         with shown(console) as progress:
@@ -169,8 +169,8 @@ class WriteLog(OfModel):
 
     def __call__(self) -> int:
         """Writes and deletes as asked, and says how many rows."""
-        from tfrs_pipeline.service.log_of_service import write_log
-        from tfrs_pipeline.service.user_events import Journal
+        from tfrs_pipeline.answers.log_of_service import write_log
+        from tfrs_pipeline.records.user_events import Journal
 
         console, journal = Console(), Journal(version_at(self.model).parent)
         written_before = None
@@ -198,8 +198,8 @@ class Vectors(OfModel):
 
     def __call__(self) -> int:
         """Writes the file and says what is in it."""
-        from tfrs_pipeline.service.retriever import load
-        from tfrs_pipeline.service.vectors import write_vectors
+        from tfrs_pipeline.answers.retriever import load
+        from tfrs_pipeline.answers.vectors import write_vectors
 
         about = write_vectors(load(self.model, exact=True), self.file)
         lengths = "{min_norm:.3g} to {max_norm:.3g}".format(**about)
@@ -217,8 +217,8 @@ class Vectors(OfModel):
 
 
 if TYPE_CHECKING:
+    from tfrs_pipeline.answers.retriever import LoadedRetriever
     from tfrs_pipeline.features.feature import Feature
-    from tfrs_pipeline.service.retriever import LoadedRetriever
 
 
 class OfQuery(OfModel):
@@ -272,7 +272,7 @@ class Query(OfQuery):
     def __call__(self) -> int:
         """Queries the model and prints the answer."""
         gc.disable()  # The import makes many objects, and all of them stay.
-        from tfrs_pipeline.service.retriever import load
+        from tfrs_pipeline.answers.retriever import load
 
         gc.enable()
         retriever = load(self.model, exact=self.exact)
@@ -365,9 +365,9 @@ class Explain(OfQuery):
 
     def __call__(self) -> int:
         """Asks the model and prints the explanation."""
+        from tfrs_pipeline.answers.explain import explain
+        from tfrs_pipeline.answers.retriever import load
         from tfrs_pipeline.features.encoding import parse_request
-        from tfrs_pipeline.service.explain import explain
-        from tfrs_pipeline.service.retriever import load
 
         retriever = load(self.model)
         parse_id, features = retriever.stored.parse_id, retriever.features["request"]

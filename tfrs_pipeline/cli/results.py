@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from tfrs_pipeline.answers.publish import versions_of
 from tfrs_pipeline.cli.console import program, say
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.schema import ASKED
@@ -15,7 +16,6 @@ from tfrs_pipeline.evaluation.bootstrap import Outcome
 from tfrs_pipeline.report.advice import advice
 from tfrs_pipeline.report.verdict import by_popularity, compared_with_baselines, other_question
 from tfrs_pipeline.run.folder import CONFIG_FILE
-from tfrs_pipeline.service.publish import versions_of
 
 if TYPE_CHECKING:
     from tfrs_pipeline.run.comparison import Comparison

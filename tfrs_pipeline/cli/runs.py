@@ -14,6 +14,7 @@ import pydantic
 from pydantic import Field
 from rich.console import Console
 
+from tfrs_pipeline.answers.publish import NotPublished
 from tfrs_pipeline.cli.console import native_errors_to, program, say, shown
 from tfrs_pipeline.cli.flags import Command, PositionalPath, UsageError
 from tfrs_pipeline.cli.results import print_comparison, print_result
@@ -33,7 +34,6 @@ from tfrs_pipeline.presets import PRESETS, RECIPES
 from tfrs_pipeline.run.folder import CONFIG_FILE, MAY_CHANGE, RunFolder
 from tfrs_pipeline.run.plans import resolve_settings
 from tfrs_pipeline.run.steps import RunContext, as_lines
-from tfrs_pipeline.service.publish import NotPublished
 
 
 class Work(Command):

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tfrs_pipeline.answers import publish
+from tfrs_pipeline.answers.stored import read_array
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.durable import Damaged, read_record
-from tfrs_pipeline.service import publish
-from tfrs_pipeline.service.stored import read_array
 
 
 class Alignment(NamedTuple):

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
+from tfrs_pipeline.answers.proof import Answers
+from tfrs_pipeline.answers.stored import Stored
+from tfrs_pipeline.answers.version import NUM_QUERIES, ExportOptions, Items, write_version
 from tfrs_pipeline.data.schema import LISTED
 from tfrs_pipeline.durable import naming
 from tfrs_pipeline.exports.alignment import align
@@ -24,9 +27,6 @@ from tfrs_pipeline.model.tf_tables import embed_corpus
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS, Query
 from tfrs_pipeline.search.exclusions import rule_with
 from tfrs_pipeline.search.settings import Auto, Search
-from tfrs_pipeline.service.proof import Answers
-from tfrs_pipeline.service.stored import Stored
-from tfrs_pipeline.service.version import NUM_QUERIES, ExportOptions, Items, write_version
 
 if TYPE_CHECKING:
     from tfrs_pipeline.model.sums import Model

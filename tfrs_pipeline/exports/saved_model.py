@@ -17,6 +17,16 @@ import tensorflow as tf
 from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
+from tfrs_pipeline.answers import publish
+from tfrs_pipeline.answers.proof import PLACES, ExportError, difference
+from tfrs_pipeline.answers.signatures import (
+    DEFAULT_K,
+    DEFAULT_SIGNATURE,
+    RETRIEVALS,
+    SIMILAR,
+    missing_value,
+)
+from tfrs_pipeline.answers.stored import read_array
 from tfrs_pipeline.exports.encoder import EMBEDDINGS, Encoder
 from tfrs_pipeline.exports.graph_index import (
     ExactIndex,
@@ -28,16 +38,6 @@ from tfrs_pipeline.model import tf_tables
 from tfrs_pipeline.model.tf_tables import as_tensors, signature_inputs
 from tfrs_pipeline.search.searcher import Searcher
 from tfrs_pipeline.search.settings import Level
-from tfrs_pipeline.service import publish
-from tfrs_pipeline.service.proof import PLACES, ExportError, difference
-from tfrs_pipeline.service.signatures import (
-    DEFAULT_K,
-    DEFAULT_SIGNATURE,
-    RETRIEVALS,
-    SIMILAR,
-    missing_value,
-)
-from tfrs_pipeline.service.stored import read_array
 
 
 class RetrievalModule(tf.Module):

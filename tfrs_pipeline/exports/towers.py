@@ -6,11 +6,11 @@ from pathlib import Path
 
 import tensorflow as tf
 
+from tfrs_pipeline.answers.towers import CANDIDATE_TOWER, EMBED, LITERT_SUFFIX, QUERY_TOWER
 from tfrs_pipeline.libraries import quiet_natives
 from tfrs_pipeline.model.exportable import Exportable
 from tfrs_pipeline.model.tf_tables import tower_function
 from tfrs_pipeline.search.queries import candidate_inputs
-from tfrs_pipeline.service.towers import CANDIDATE_TOWER, EMBED, LITERT_SUFFIX, QUERY_TOWER
 
 logger = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tfrs_pipeline import durable
+from tfrs_pipeline.answers.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.cluster import this_worker
 from tfrs_pipeline.config import (
     ExportConfig,
@@ -19,7 +20,6 @@ from tfrs_pipeline.config import (
 )
 from tfrs_pipeline.data.settings import DataConfig
 from tfrs_pipeline.messages import beside
-from tfrs_pipeline.service.publish import MANIFEST_FILE, versions_of
 from tfrs_pipeline.settings import ConfigError
 
 CONFIG_FILE, METRICS_FILE, COMPARISON_FILE = "config.toml", "metrics.json", "comparison.json"

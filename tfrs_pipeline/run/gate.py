@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from tfrs_pipeline.answers.publish import MANIFEST_FILE, NotPublished, versions_of
+from tfrs_pipeline.answers.retriever import LoadedRetriever, load
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
@@ -21,8 +23,6 @@ from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.search.history_bonus import HistoryBonus
 from tfrs_pipeline.search.topk import ExactRetriever, ScoreRetriever
-from tfrs_pipeline.service.publish import MANIFEST_FILE, NotPublished, versions_of
-from tfrs_pipeline.service.retriever import LoadedRetriever, load
 
 IN_SERVICE = "in_service"  # The version's name in an evaluation.
 BEST_MEMBER = "best_member"  # The name of the first member of a sum.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from tfrs_pipeline.answers.publish import publishing
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.held_out_queries import Holdout
 from tfrs_pipeline.data.schema import ASKED
@@ -21,7 +22,6 @@ from tfrs_pipeline.messages import SILENT, Progress, as_interrupts, counted
 from tfrs_pipeline.retrieval import Retriever
 from tfrs_pipeline.run.data import RunData, final_part
 from tfrs_pipeline.run.steps import RunContext
-from tfrs_pipeline.service.publish import publishing
 
 if TYPE_CHECKING:
     from tfrs_pipeline.model.sums import Model

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tfrs_pipeline import __version__
+from tfrs_pipeline.answers.publish import MANIFEST_FILE, NotPublished, versions_of
+from tfrs_pipeline.answers.version import LIBRARIES, NUM_QUERIES, ExportOptions, describe_index
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.durable import read_record, recorded_hashes, write_record
 from tfrs_pipeline.evaluation.results import Evaluation
@@ -32,8 +34,6 @@ from tfrs_pipeline.run.refresh import WRITING
 from tfrs_pipeline.run.steps import RunContext, Step
 from tfrs_pipeline.run.training import train_model, training_step, trainings_of
 from tfrs_pipeline.search.settings import search_of
-from tfrs_pipeline.service.publish import MANIFEST_FILE, NotPublished, versions_of
-from tfrs_pipeline.service.version import LIBRARIES, NUM_QUERIES, ExportOptions, describe_index
 
 VERSION = "export.directory/NAME/VERSION/"  # As the list of steps shows it.
 _NOT_EXPORTED: dict[str, Any] = {"index": {"kind": "none"}, "export_folder": None}

@@ -7,10 +7,10 @@ from typing import Any, Self
 from pydantic import PositiveFloat, PositiveInt
 
 from tfrs_pipeline import durable
+from tfrs_pipeline.answers.publish import MANIFEST_FILE, version_at
 from tfrs_pipeline.config import RunConfig, with_settings
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, shape_problems
 from tfrs_pipeline.run.folder import MODEL, UNCORRECTED, RunFolder, check_model_name
-from tfrs_pipeline.service.publish import MANIFEST_FILE, version_at
 from tfrs_pipeline.settings import Config, ConfigError, refuse
 
 IALS = "ials"

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tfrs_pipeline.answers import publish
 from tfrs_pipeline.data.schema import DataError
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.data.tables import load_items
@@ -22,11 +23,10 @@ from tfrs_pipeline.features.raw import in_blocks
 from tfrs_pipeline.messages import SILENT, Progress
 from tfrs_pipeline.run.steps import Runner, Step
 from tfrs_pipeline.search.settings import Search
-from tfrs_pipeline.service import publish
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.service.proof import Answers
-    from tfrs_pipeline.service.retriever import LoadedRetriever
+    from tfrs_pipeline.answers.proof import Answers
+    from tfrs_pipeline.answers.retriever import LoadedRetriever
 
 # Shown during an export, a run's too: it may take minutes.
 WRITING = "builds the index, writes it, and has a fresh process load it and answer"
@@ -145,7 +145,7 @@ def _read_items(refresh: _Refresh) -> pa.Table:
 
 
 def _load(refresh: _Refresh) -> "LoadedRetriever":
-    from tfrs_pipeline.service.retriever import load
+    from tfrs_pipeline.answers.retriever import load
 
     # The towers and the version's own items are needed, not its index.
     return load(refresh.model, exact=True, live=False)
@@ -210,7 +210,7 @@ def _embed(
 
     Returns these items, [n, D] float32, and how many of them the training did not have.
     """
-    from tfrs_pipeline.service.engine import ITEMS_PER_CALL
+    from tfrs_pipeline.answers.engine import ITEMS_PER_CALL
 
     path = refresh.path
     features, blocks = [feature.name for feature in model.features["candidate"]], []
@@ -256,7 +256,7 @@ def _embed(
 def _export(
     refresh: _Refresh, model: "LoadedRetriever", embedded: tuple[pa.Table, np.ndarray, int]
 ) -> Refreshed:
-    from tfrs_pipeline.service.version import ExportOptions, Items, describe_index, write_version
+    from tfrs_pipeline.answers.version import ExportOptions, Items, describe_index, write_version
 
     refresh.progress.task("export", 0, 0, WRITING)
     items, embeddings, num_untrained = embedded

@@ -1,7 +1,7 @@
 """Which items no answer to a user holds: what the user disliked, always, and what they know.
 
 This is the one module that decides it for service: for the exported graph (`exports/encoder.py`),
-for events (`service/users.py`), and for answers by a history that the query brings
+for events (`answers/users.py`), and for answers by a history that the query brings
 (`LoadedRetriever.left_out`, which `recommend` and the command `query` call). The rule is the
 `evaluation.exclude` of the training, so that answers by user id leave out what the rankings of the
 test left out (`Holdout.excluded`). `Users` also takes disliked items out of histories.

@@ -1,1 +1,1 @@
-"""A model in service, without TensorFlow: queries, users, live items, events, the server."""
+"""The server: requests and their limits, the version in use, counters, the page."""

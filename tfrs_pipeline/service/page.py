@@ -10,12 +10,12 @@ import numpy as np
 from pydantic import BaseModel, FailFast, Field, StrictInt, StrictStr, TypeAdapter
 from pydantic_core import to_json, to_jsonable_python
 
+from tfrs_pipeline.answers.retriever import LoadedRetriever
+from tfrs_pipeline.answers.signatures import FILTERED, SIMILAR
 from tfrs_pipeline.features.encoding import parse_request
 from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.service import rest
-from tfrs_pipeline.service.retriever import LoadedRetriever
-from tfrs_pipeline.service.signatures import FILTERED, SIMILAR
 from tfrs_pipeline.service.versions import ServedVersion
 
 PAGE_FILE = Path(__file__).with_name("page.html")

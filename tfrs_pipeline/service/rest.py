@@ -27,6 +27,13 @@ from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
+from tfrs_pipeline.answers.signatures import (
+    DEFAULT_K,
+    DEFAULT_SIGNATURE,
+    completed,
+    missing_value,
+    numpy_type,
+)
 from tfrs_pipeline.data.ids import MAX_ID_CHARACTERS
 from tfrs_pipeline.durable import Damaged
 from tfrs_pipeline.features.encoding import TIMESTAMP
@@ -34,15 +41,9 @@ from tfrs_pipeline.features.feature import Feature, Spec
 from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.features.raw import MAX_SECONDS
 from tfrs_pipeline.messages import counted
+from tfrs_pipeline.records.settings import Lately
 from tfrs_pipeline.retrieval import HISTORY_TIMESTAMPS
-from tfrs_pipeline.service.settings import Lately, ServeSettings
-from tfrs_pipeline.service.signatures import (
-    DEFAULT_K,
-    DEFAULT_SIGNATURE,
-    completed,
-    missing_value,
-    numpy_type,
-)
+from tfrs_pipeline.service.settings import ServeSettings
 
 KEYS = ("signature_name", "instances", "inputs", "exclude_served")
 # Inputs of ids; other texts are features and values of the filter.

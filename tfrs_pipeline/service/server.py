@@ -35,7 +35,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from tfrs_pipeline.answers.explain import explain
 from tfrs_pipeline.durable import Damaged, StorageError, try_writing
+from tfrs_pipeline.records.settings import Lately
+from tfrs_pipeline.records.user_events import Answer, Event, Journal, Recorder, Watch
 from tfrs_pipeline.search.queries import padded_ids
 from tfrs_pipeline.service import page, rest
 from tfrs_pipeline.service.counters import (
@@ -45,10 +48,8 @@ from tfrs_pipeline.service.counters import (
     WITHOUT_EVENTS,
     count_answers,
 )
-from tfrs_pipeline.service.explain import explain
 from tfrs_pipeline.service.request_metrics import CountRequests
-from tfrs_pipeline.service.settings import Lately, ServeSettings, listening, read_token
-from tfrs_pipeline.service.user_events import Answer, Event, Journal, Recorder, Watch
+from tfrs_pipeline.service.settings import ServeSettings, listening, read_token
 from tfrs_pipeline.service.versions import QUICK_SECONDS, ModelVersions, ServedVersion
 
 logger = logging.getLogger(__name__)

@@ -7,27 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from tfrs_pipeline.durable import naming
+from tfrs_pipeline.records.settings import MAX_ANSWERS
 from tfrs_pipeline.settings import Config
 
 Port: TypeAlias = Annotated[int, Field(ge=0, le=65535)]
 HostName: TypeAlias = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[^*]+)$")]
-
-
-# Most answers of a user that are read to leave out what was served lately.
-MAX_ANSWERS = 1000
-
-
-class Lately(Config):
-    """Which answers to a user are recent: the last `answers`, and those of the last `hours`."""
-
-    # A request's JSON has types of its own: "2" and true are no numbers.
-    model_config = ConfigDict(strict=True)
-
-    answers: int = Field(0, ge=0, le=MAX_ANSWERS)
-    hours: float = Field(0.0, ge=0)
 
 
 class ServeSettings(Config):

@@ -17,25 +17,25 @@ import numpy as np
 from prometheus_client import Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
 
-from tfrs_pipeline.search.candidates import UnknownItem
-from tfrs_pipeline.service.database import Replaced
-from tfrs_pipeline.service.publish import (
+from tfrs_pipeline.answers.publish import (
     MANIFEST_FILE,
     SIGNATURES_FILE,
     no_model_at,
     versions_of,
 )
-from tfrs_pipeline.service.request_metrics import BUCKETS_SECONDS
-from tfrs_pipeline.service.rest import SignatureInputs, bad_request
-from tfrs_pipeline.service.retriever import load
-from tfrs_pipeline.service.settings import ServeSettings
-from tfrs_pipeline.service.signatures import (
+from tfrs_pipeline.answers.retriever import load
+from tfrs_pipeline.answers.signatures import (
     ALSO_TAKEN,
     DEFAULT_SIGNATURE,
     FILTERED,
     SIMILAR,
     completed,
 )
+from tfrs_pipeline.records.database import Replaced
+from tfrs_pipeline.search.candidates import UnknownItem
+from tfrs_pipeline.service.request_metrics import BUCKETS_SECONDS
+from tfrs_pipeline.service.rest import SignatureInputs, bad_request
+from tfrs_pipeline.service.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from tfrs_pipeline.durable import parquet_destination, replacing
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.service.retriever import LoadedRetriever
+    from tfrs_pipeline.answers.retriever import LoadedRetriever
 
 BLOCK = 65_536  # Rows per row group of the file.
 # The length of a normalised float32 vector differs from 1 by rounding alone.

@@ -17,6 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tfrs_pipeline.answers import publish
+from tfrs_pipeline.answers.engine import Engine
+from tfrs_pipeline.answers.parts import Parts
+from tfrs_pipeline.answers.proof import Answers, probes_of, prove
+from tfrs_pipeline.answers.signatures import signatures_of
+from tfrs_pipeline.answers.stored import write_array
+from tfrs_pipeline.answers.users import Users
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.features.encoding import TIMESTAMP
@@ -26,13 +33,6 @@ from tfrs_pipeline.search.candidates import Candidates, FilterValues
 from tfrs_pipeline.search.queries import QueryInputs, item_times
 from tfrs_pipeline.search.settings import Auto, Scann, Search, search_of
 from tfrs_pipeline.search.tune import Requests, measure_requests, tune_index
-from tfrs_pipeline.service import publish
-from tfrs_pipeline.service.engine import Engine
-from tfrs_pipeline.service.parts import Parts
-from tfrs_pipeline.service.proof import Answers, probes_of, prove
-from tfrs_pipeline.service.signatures import signatures_of
-from tfrs_pipeline.service.stored import write_array
-from tfrs_pipeline.service.users import Users
 
 LIBRARIES = "tensorflow", "tf-keras", "tensorflow-recommenders", "scann", "ai-edge-litert", "numpy"
 # Most queries to tune and measure an index on; how many the version must answer alike.

@@ -5,9 +5,9 @@ from collections import defaultdict
 
 import numpy as np
 
+from tfrs_pipeline.answers.users import Users
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.search.item_graph import KINDS, ItemGraph
-from tfrs_pipeline.service.users import Users
 
 # A look at the events may take one part in this many of a process's time.
 _SHARE = 20

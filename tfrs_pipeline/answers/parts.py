@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from tfrs_pipeline.answers.stored import Stored
+from tfrs_pipeline.answers.towers import CANDIDATE_TOWER, QUERY_TOWER, load_tower
 from tfrs_pipeline.features.kinds import features_of
 from tfrs_pipeline.search.history_bonus import HistoryBonus
 from tfrs_pipeline.search.queries import (
@@ -13,8 +15,6 @@ from tfrs_pipeline.search.queries import (
     Tower,
     candidate_inputs,
 )
-from tfrs_pipeline.service.stored import Stored
-from tfrs_pipeline.service.towers import CANDIDATE_TOWER, QUERY_TOWER, load_tower
 
 
 @dataclass(frozen=True)

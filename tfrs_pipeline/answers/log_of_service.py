@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tfrs_pipeline.answers.publish import version_at
 from tfrs_pipeline.durable import parquet_destination, replacing
-from tfrs_pipeline.service.publish import version_at
-from tfrs_pipeline.service.user_events import Journal
+from tfrs_pipeline.records.user_events import Journal
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.service.retriever import LoadedRetriever
+    from tfrs_pipeline.answers.retriever import LoadedRetriever
 
 # Rows in memory at a time, and per row group of the file.
 BLOCK = 100_000

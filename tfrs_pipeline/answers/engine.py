@@ -6,6 +6,16 @@ from typing import Any
 
 import numpy as np
 
+from tfrs_pipeline.answers.parts import Parts
+from tfrs_pipeline.answers.signatures import (
+    ALSO_TAKEN,
+    FILTERED,
+    RETRIEVALS,
+    SEARCH_INPUTS,
+    SIMILAR,
+    id_lists,
+)
+from tfrs_pipeline.answers.users import Users
 from tfrs_pipeline.features.encoding import encode_raw, raw_signature
 from tfrs_pipeline.retrieval import Excluded
 from tfrs_pipeline.search.candidates import Allowed, Candidates, UnknownItem
@@ -21,16 +31,6 @@ from tfrs_pipeline.search.queries import (
     padded,
     padded_ids,
 )
-from tfrs_pipeline.service.parts import Parts
-from tfrs_pipeline.service.signatures import (
-    ALSO_TAKEN,
-    FILTERED,
-    RETRIEVALS,
-    SEARCH_INPUTS,
-    SIMILAR,
-    id_lists,
-)
-from tfrs_pipeline.service.users import Users
 
 ITEMS_PER_CALL = 8192
 

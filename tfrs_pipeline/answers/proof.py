@@ -8,12 +8,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from tfrs_pipeline.answers.signatures import completed, numpy_type
 from tfrs_pipeline.features.encoding import raw_signature
 from tfrs_pipeline.features.feature import Feature, Spec
 from tfrs_pipeline.retrieval import Query
 from tfrs_pipeline.search.queries import QueryInputs
 from tfrs_pipeline.search.searcher import in_fresh_process
-from tfrs_pipeline.service.signatures import completed, numpy_type
 
 # A reloaded model may run other kernels, so that scores differ in their last bits.
 SCORE_TOLERANCE = 1e-4
@@ -95,8 +95,8 @@ def answer_light_probes() -> str | None:
     TensorFlow cannot be imported meanwhile, unless LiteRT cannot run a tower of the version.
     """
     folder, expected = pickle.load(sys.stdin.buffer)
-    from tfrs_pipeline.service.retriever import load
-    from tfrs_pipeline.service.towers import needs_tensorflow
+    from tfrs_pipeline.answers.retriever import load
+    from tfrs_pipeline.answers.towers import needs_tensorflow
 
     if not needs_tensorflow(Path(folder)):
         sys.modules["tensorflow"] = None  # type: ignore[assignment]

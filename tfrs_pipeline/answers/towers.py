@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from tfrs_pipeline.answers.publish import SERVICE_FOLDER
 from tfrs_pipeline.libraries import quiet_natives
 from tfrs_pipeline.search.queries import INPUT, Arrays, Tower
-from tfrs_pipeline.service.publish import SERVICE_FOLDER
 
 TOWERS = QUERY_TOWER, CANDIDATE_TOWER = "query", "candidate"
 LITERT_SUFFIX = ".tflite"

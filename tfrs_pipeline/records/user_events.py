@@ -31,8 +31,8 @@ from tfrs_pipeline.data.ids import MAX_ID_CHARACTERS, NO_ID
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.durable import Damaged, StorageError
 from tfrs_pipeline.features.numeric import Timestamp
-from tfrs_pipeline.service.database import BUSY_SECONDS, Database, Stamp
-from tfrs_pipeline.service.settings import MAX_ANSWERS, Lately
+from tfrs_pipeline.records.database import BUSY_SECONDS, Database, Stamp
+from tfrs_pipeline.records.settings import MAX_ANSWERS, Lately
 
 logger = logging.getLogger(__name__)
 

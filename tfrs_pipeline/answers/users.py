@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tfrs_pipeline.answers.stored import Stored
 from tfrs_pipeline.data.schema import Exclude, Stage
+from tfrs_pipeline.records.user_events import Event, Journal
 from tfrs_pipeline.search.exclusions import KNOWN_STAGES, left_out, left_out_by_history
-from tfrs_pipeline.service.stored import Stored
-from tfrs_pipeline.service.user_events import Event, Journal
 
 
 class UserNow(NamedTuple):

@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tfrs_pipeline.answers.recommend import USERS_PER_PART, id_types, known_users, read_columns
 from tfrs_pipeline.durable import parquet_destination, replacing
 from tfrs_pipeline.messages import SILENT, Progress, check_integer
 from tfrs_pipeline.search.queries import QUERIES_PER_CALL
-from tfrs_pipeline.service.recommend import USERS_PER_PART, id_types, known_users, read_columns
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.service.retriever import LoadedRetriever
+    from tfrs_pipeline.answers.retriever import LoadedRetriever
 
 
 def audience(

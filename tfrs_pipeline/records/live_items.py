@@ -38,11 +38,11 @@ from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.features.kinds import features_of
 from tfrs_pipeline.features.raw import is_missing
 from tfrs_pipeline.messages import plain
+from tfrs_pipeline.records.database import Database
 from tfrs_pipeline.retrieval import check_collection, check_ids
 from tfrs_pipeline.search.candidates import Candidates
 from tfrs_pipeline.search.queries import Arrays
 from tfrs_pipeline.search.searcher import SMALLEST_HASHED_CORPUS, build_in_subprocess
-from tfrs_pipeline.service.database import Database
 
 logger = logging.getLogger(__name__)
 

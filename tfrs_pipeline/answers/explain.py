@@ -14,7 +14,7 @@ from tfrs_pipeline.search.candidates import Standing
 from tfrs_pipeline.search.queries import Arrays, History
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.service.retriever import LoadedRetriever
+    from tfrs_pipeline.answers.retriever import LoadedRetriever
 
 Verdict: TypeAlias = Literal[
     "unknown", "removed", "unlisted", "filtered", "excluded", "outranked", "missed", "found"

@@ -9,10 +9,22 @@ from typing import Any, Literal
 import numpy as np
 
 from tfrs_pipeline import retrieval
+from tfrs_pipeline.answers import publish
+from tfrs_pipeline.answers.engine import Engine
+from tfrs_pipeline.answers.live_graph import LiveGraph
+from tfrs_pipeline.answers.parts import Parts
+from tfrs_pipeline.answers.signatures import (
+    FILTERED,
+    signatures_of,
+)
+from tfrs_pipeline.answers.stored import read_array
+from tfrs_pipeline.answers.users import Users
 from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.features.encoding import raw_columns
 from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.messages import suggest
+from tfrs_pipeline.records.live_items import Item, LiveItems
+from tfrs_pipeline.records.user_events import Event, Journal, check_events
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, history_of
 from tfrs_pipeline.search.candidates import Allowed, Candidates, FilterValues
 from tfrs_pipeline.search.queries import (
@@ -22,18 +34,6 @@ from tfrs_pipeline.search.queries import (
 )
 from tfrs_pipeline.search.searcher import Searcher
 from tfrs_pipeline.search.settings import Level, has_scann
-from tfrs_pipeline.service import publish
-from tfrs_pipeline.service.engine import Engine
-from tfrs_pipeline.service.live_graph import LiveGraph
-from tfrs_pipeline.service.live_items import Item, LiveItems
-from tfrs_pipeline.service.parts import Parts
-from tfrs_pipeline.service.signatures import (
-    FILTERED,
-    signatures_of,
-)
-from tfrs_pipeline.service.stored import read_array
-from tfrs_pipeline.service.user_events import Event, Journal, check_events
-from tfrs_pipeline.service.users import Users
 
 logger = logging.getLogger(__name__)
 

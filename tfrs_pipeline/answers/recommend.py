@@ -14,16 +14,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tfrs_pipeline.answers.publish import MANIFEST_FILE
 from tfrs_pipeline.data.schema import DataError, Source, require_all
 from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.durable import file_hash, hold_to, locked, parquet_destination, replacing
 from tfrs_pipeline.libraries import require
 from tfrs_pipeline.messages import SILENT, Progress, check_integer
 from tfrs_pipeline.search.queries import QUERIES_PER_CALL
-from tfrs_pipeline.service.publish import MANIFEST_FILE
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.service.retriever import LoadedRetriever
+    from tfrs_pipeline.answers.retriever import LoadedRetriever
 
 # A part is written whole, so a killed command repeats the answers of this many users at most.
 USERS_PER_PART = 8_192

@@ -1,0 +1,1 @@
+"""A version's files and every answer from them, without TensorFlow: queries, tables, reasons."""

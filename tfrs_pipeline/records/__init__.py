@@ -1,0 +1,1 @@
+"""What service writes, in SQLite beside a model's versions: users' events, answers, live items."""
