@@ -145,8 +145,13 @@ def try_page(browser: Browser, address: str, shots: Path, name: str) -> None:
     assert "retrieve_user" in browser.run("document.querySelector('#curl').textContent")
     browser.screenshot(shots / f"{name}-user.png")
 
-    title = browser.run("document.querySelector('#sides ol:not(.history) .title').textContent")
-    browser.run("document.querySelector('#sides ol:not(.history) .similar').click()")
+    first = "document.querySelector('#sides ol:not(.history) li')"
+    browser.run(f"{first}.querySelector('.ask:last-of-type').click()")
+    browser.until(f"{first}.querySelector('.why').textContent.includes('rank 1, score')")
+    browser.screenshot(shots / f"{name}-why.png")
+
+    title = browser.run(f"{first}.querySelector('.title').textContent")
+    browser.run(f"{first}.querySelector('.ask').click()")
     browser.until(f"document.querySelector('#note').textContent.startsWith('Similar to {title}:')")
     assert browser.run("document.activeElement.id") == "note"
     titles = "[...document.querySelectorAll('#sides .title')].map((x) => x.textContent)"

@@ -97,6 +97,13 @@ def test_it_shows_its_request(served: Served, running: Running, of: str, has_fil
     np.testing.assert_allclose([item["score"] for item in shown], scores, rtol=1e-4)
     assert [x["item_id"] for x in shown] == np.array(found["candidate_ids"][0])[is_found].tolist()
     assert shown
+    # A click on an item adds it to the explain call.
+    assert ("explain" in answer) == (of != "features")
+    for rank, item in enumerate(shown if "explain" in answer else [], 1):
+        body = json.loads(answer["explain"]["body"]) | {"item_id": item["item_id"]}
+        why = running.post(answer["explain"]["path"], json=body).json()
+        assert (why["verdict"], why["rank"]) == ("found", rank)
+        assert why["score"] == pytest.approx(item["score"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from tfrs_pipeline.features.numeric import Numeric, Timestamp, Vector
 from tfrs_pipeline.model.tf_tables import tower_of
 from tfrs_pipeline.run.refresh import refresh_index
 from tfrs_pipeline.service import page, rest
+from tfrs_pipeline.service.server import explained
 from tfrs_pipeline.service.settings import ServeSettings
 from tfrs_pipeline.service.versions import ServedVersion
 
@@ -264,6 +265,10 @@ def test_the_page_asks(served: Served, version: ServedVersion, model: LoadedRetr
     answer = page.answer(version, body)
     shown = [item["item_id"] for item in answer["index"]["items"]]
     assert shown == best({"history": history, "request": READ}) != best(query)
+    # The reasons are those of this request, times and lists included.
+    call = json.dumps(json.loads(answer["explain"]["body"]) | {"item_id": shown[2]}).encode()
+    why = explained(version, call, ServeSettings())
+    assert (why["verdict"], why["rank"]) == ("found", 3)
     fields = page.card(version)["request"]
     assert [x["name"] for x in fields] == [*(f.name for f in FEATURES), "timestamp"]
     assert [x["example"] for x in fields[:-1]] == [f.example for f in FEATURES]

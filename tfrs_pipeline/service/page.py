@@ -63,6 +63,7 @@ def card(version: ServedVersion) -> dict[str, Any]:
         "index": manifest["index"],
         "num_candidates": retriever.num_candidates,
         "has_titles": any(version.titles.values()),
+        "ids_are_text": retriever.stored.items.are_text,
         "has_users": manifest["user_data"],
         "example_user": manifest["example_user"],
         "example_items": _shown(version, [id_ for id_ in ids[0].tolist() if id_ not in (-1, "")]),
@@ -115,9 +116,13 @@ def answer(version: ServedVersion, body: bytes) -> dict[str, Any]:
         call = rest.parse_predict(request, version.signatures)
     retriever = version.retriever
     answered = _timed(version, call)
-    path = f"/v1/models/{retriever.folder.parent.name}:predict"
+    path = f"/v1/models/{retriever.folder.parent.name}"
     result: dict[str, Any] = {"version": version.number, "index": answered, "exact": None}
-    result["request"] = {"path": path, "body": request.decode()}
+    result["request"] = {"path": f"{path}:predict", "body": request.decode()}
+    if query.similar_to is None and not query.features:
+        # Without the item: the page adds it, and asks why it is in this answer.
+        asked = to_json(explain_call(retriever, query)).decode()
+        result["explain"] = {"path": f"{path}:explain", "body": asked}
     if query.user_id is not None:
         user_id = retriever.stored.parse_id(str(query.user_id), "user")
         history = retriever.users.history(user_id)
@@ -159,6 +164,17 @@ def request_of(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
         inputs["allowed"] = [query.filter]
         name += FILTERED
     return {"signature_name": name, "inputs": {**inputs, "k": query.k}}
+
+
+def explain_call(retriever: LoadedRetriever, query: PageQuery) -> dict[str, Any]:
+    """Makes the explain call for an answer to a user or to items, but for its `item_id`."""
+    parse_id = retriever.stored.parse_id
+    history = [parse_id(str(item)) for item in query.items]
+    whom = {"history": history} if query.user_id is None else {}
+    if query.user_id is not None:
+        whom = {"user_id": parse_id(str(query.user_id), "user")}
+    common = {"exclude": history, "allowed": query.filter, "k": query.k}
+    return {**whom, **common, "request": query.request}
 
 
 def _timed(

@@ -37,6 +37,7 @@ from starlette.routing import Route
 
 from tfrs_pipeline.answers.explain import explain
 from tfrs_pipeline.durable import Damaged, StorageError, try_writing
+from tfrs_pipeline.features.encoding import parse_request
 from tfrs_pipeline.records.settings import Lately
 from tfrs_pipeline.records.user_events import Answer, Event, Journal, Recorder, Watch
 from tfrs_pipeline.search.queries import padded_ids
@@ -336,9 +337,12 @@ def explained(version: ServedVersion, body: bytes, limits: ServeSettings) -> dic
     """Answers an explain call, with the version and the explanation in words."""
     call = rest.parse_explain(body, limits).model_dump()
     item_id, user_id, history = (call.pop(name) for name in ("item_id", "user_id", "history"))
-    # A call has one of them.
-    query = {"history": history, "request": call.pop("request")} if user_id is None else None
+    typed = {name: value for name, value in call["request"].items() if isinstance(value, str)}
     with rest.refusing():
+        # As the command line reads texts: JSON has no times.
+        call["request"] |= parse_request(version.retriever.features["request"], typed)
+        # A call has one of them.
+        query = {"history": history, "request": call.pop("request")} if user_id is None else None
         why = explain(version.retriever, item_id, user_id=user_id, query=query, **call)
     return {**asdict(why), "words": str(why).split("\n"), "version": version.number}
 
