@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tfrs_pipeline.answers import publish
+from tfrs_pipeline.answers.card import CARD_FILE, model_card
 from tfrs_pipeline.answers.engine import Engine
 from tfrs_pipeline.answers.parts import Parts
 from tfrs_pipeline.answers.proof import Answers, probes_of, prove
@@ -142,6 +143,7 @@ def write_version(
         full["signatures"] = sorted(answers[""])
         # As a reader of the file gets it: tuples are lists, and dates are text.
         full = json.loads(json.dumps(full, default=str))
+        (partial / CARD_FILE).write_text(model_card(full, int(folder.name)), encoding="utf-8")
         written = [path for path in partial.rglob("*") if path.is_file()]
         write_record(partial / publish.MANIFEST_FILE, full, written)
         # The last thing before the rename, so that no version is published without this proof.

@@ -35,6 +35,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from tfrs_pipeline.answers.card import model_card
 from tfrs_pipeline.answers.explain import explain
 from tfrs_pipeline.durable import Damaged, StorageError, try_writing
 from tfrs_pipeline.features.encoding import parse_request
@@ -272,6 +273,12 @@ class ModelServer:
         """Describes the model to the page."""
         return JSONResponse(await self.ask(page.card))
 
+    async def page_card(self, request: Request) -> Response:
+        """Returns the model card of the version in use."""
+        with self.versions.use() as version:
+            text = model_card(version.retriever.manifest, version.number)
+            return PlainTextResponse(text)  # A browser would save Markdown in place of showing it.
+
     async def page_items(self, request: Request) -> Response:
         """Finds items for the page."""
         search = request.query_params.get("search", "")[:200]
@@ -304,6 +311,7 @@ class ModelServer:
             routes += [
                 Route("/", index_page),
                 Route("/page/model", self.page_model),
+                Route("/page/card", self.page_card),
                 Route("/page/items", self.page_items),
                 Route("/page/query", self.page_query, methods=["POST"]),
             ]
