@@ -100,7 +100,7 @@ def run_block(kind: str, text: str, namespace: Any = None, more: Any = None) -> 
     `more` holds flags by command, in addition to those that make every training short.
     """
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         if kind == "python":
             exec(text, namespace)
         else:

@@ -69,7 +69,7 @@ def test_a_check_shows_the_data_and_the_plans_of_the_comparison(
     config: RunConfig, compared: Comparison, folder: Path, here: Path, command: Any
 ) -> None:
     Path("compare.toml").write_text(dump_config(config))
-    code, shown, _ = command("compare", "--config", "compare.toml", "--check")
+    code, _, shown = command("compare", "--config", "compare.toml", "--check")
     assert code == 0
     # The config has no hard negatives: losers are counted because a plan wants them.
     samples = read_record(folder / "samples" / "selection" / "report.json")
@@ -101,7 +101,7 @@ def test_positives_trained_together_are_single_in_every_plan(
     Path("compare.toml").write_text(dump_config(with_settings(config, together | plans)))
     answer = command("compare", "--config", "compare.toml", "--check")
     assert answer.code == 0
-    assert "every plan is trained with training.examples 'single'" in answer.out
+    assert "every plan is trained with training.examples 'single'" in answer.err
 
 
 def test_plans_change_the_negatives_and_nothing_else(tmp_path: Path) -> None:

@@ -149,8 +149,11 @@ def train(command: str, given: Mapping[str, Any]) -> int:
 
 
 def _check(command: str, config: RunConfig) -> int:
-    """Shows the data and the settings that are not the defaults; keeps nothing."""
-    console = Console()
+    """Shows the data, and writes the settings that are not the defaults as TOML; keeps nothing.
+
+    The TOML alone is on standard output: it is the file that `--config` reads.
+    """
+    console = Console(stderr=True)
     with (
         tempfile.TemporaryDirectory() as folder,
         native_errors_to(Path(folder) / "native.log"),
@@ -171,10 +174,10 @@ def _check(command: str, config: RunConfig) -> int:
             check = trainable_recipes if config.recipes else check_trainings
             check(config, run.artifacts["samples"].selection)
     say(console, "\nnothing was trained or kept; settings that are not the defaults:\n")
-    say(console, dump_changes(config).rstrip())
-    say(console, "\n# steps, as name: reads -> writes")
+    print(dump_changes(config).rstrip())
+    print("\n# steps, as name: reads -> writes")
     for line in as_lines(steps):
-        say(console, f"# {line}")
+        print(f"# {line}")
     return 0
 
 
