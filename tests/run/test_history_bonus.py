@@ -105,3 +105,7 @@ def test_many_repeats_are_told_where_rankings_leave_them_out(
     notes = describe_samples(data.final.report, config.evaluation.exclude)
     told = f"{repeats:.0%} repeats, which rankings leave out (evaluation.exclude {exclude})"
     assert any(note.startswith(told) for note in notes) == is_told
+    # So few positives that a simple model does as well; many are no matter.
+    assert any(note.startswith("few positives") for note in notes)
+    many = describe_samples({**data.final.report, "num_samples": 12_000}, "none")
+    assert not any(note.startswith("few positives") for note in many)

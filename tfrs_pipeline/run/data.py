@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Above this share of repeats, a ranking that leaves them out measures something else.
 _MANY_REPEATS = 0.2
+# On logs of fewer, simple models were level with this package's (docs/guides/size.md).
+_FEW_POSITIVES = 12_000
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,11 @@ def describe_samples(report: Mapping[str, Any], exclude: Exclude) -> list[str]:
         f"{report['num_exposed']:,} exposed and not clicked"
         f"{', or disliked' * ('num_disliked' in report)}",
     ]
+    if report["num_samples"] < _FEW_POSITIVES:
+        notes.append(
+            f"few positives: on fewer than {_FEW_POSITIVES:,}, iALS or EASE do as well "
+            "(docs/guides/size.md)"
+        )
     repeats = 1 - report["num_known_positives"] / report["num_samples"]
     if repeats > _MANY_REPEATS and exclude != "none":
         notes.append(
