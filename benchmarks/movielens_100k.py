@@ -9,7 +9,7 @@ the user's earlier likes (clicked) or every item that the user rated before (see
                            ids, 32-d, in-batch negatives, batch 8192, Adagrad 0.1, 3 epochs
     tutorial_corrected     the same with candidate_sampling_probability and 20 epochs
     tutorial_hybrid        the tutorial with in-batch and 512 uniform negatives, masked and
-                           corrected, as docs/guides/from_the_tfrs_tutorial.md changes it
+                           corrected, as docs/guides/pieces.md changes it
     tutorial_hybrid_20     the same with 20 epochs
     two_tower              the package's default
     two_tower_uncorrected  the same without log_q

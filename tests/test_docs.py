@@ -34,7 +34,7 @@ def new_code(lines: list[str]) -> str:
 
 
 def test_the_change_to_the_tfrs_tutorial_is_fifteen_lines_and_runs() -> None:
-    text = (ROOT / "docs/guides/from_the_tfrs_tutorial.md").read_text()
+    text = (ROOT / "docs/guides/pieces.md").read_text()
     found = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
     setup, loss = (block.splitlines() for block in found)
     assert sum(line.startswith("+") for line in setup + loss) <= 15

@@ -29,6 +29,8 @@ SECTIONS = dict(part.split("\n", 1) for part in GUIDE.read_text().split("\n## ")
 ENGINES = {"FAISS": "faiss", "hnswlib": "hnswlib", "Qdrant": "qdrant_client"}
 POSTGRES = "PostgreSQL with pgvector"
 NOT_RUN = "Vespa, OpenSearch, Milvus"
+PYTHON = "A Python service of your own"
+OTHERS = "Other servers and formats: TensorFlow Serving, Triton, ONNX"
 NUM_ITEMS, NUM_USERS, DIM = 300, 50, 32
 
 
@@ -118,10 +120,16 @@ def test_postgresql_finds_what_exact_search_finds(
     assert "Index Scan using videos_1_embedding_idx" in str(plan)
 
 
+@pytest.mark.usefixtures("videos")
+def test_a_python_service_answers_as_shown() -> None:
+    (_, service), (_, shown) = blocks_of(SECTIONS[PYTHON])
+    assert is_shown(shown, run_block("python", service, {}))
+
+
 def test_each_section_of_the_guide_is_run_or_says_that_it_is_not() -> None:
-    assert list(SECTIONS)[2:] == [*ENGINES, POSTGRES, NOT_RUN]
+    assert list(SECTIONS)[2:] == [*ENGINES, POSTGRES, NOT_RUN, PYTHON, OTHERS]
     assert SECTIONS[NOT_RUN].strip().startswith("**Not run**")
-    assert not blocks_of(SECTIONS[NOT_RUN])
+    assert not blocks_of(SECTIONS[NOT_RUN] + SECTIONS[OTHERS])
 
 
 @pytest.fixture(scope="module")

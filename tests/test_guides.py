@@ -28,18 +28,15 @@ ROOT = Path(__file__).parents[1]
 START = "docs/start/ten_minutes.md"
 # The guides that read the files and the model of the first page; those that look up its items come
 # before the guide that adds one. Those of the second group train for long.
-QUICK = "filters reranking logq seen similar explain nightly personal_data other_servers tracking"
-QUICK += " new_items events_in_service"
-LONG = "pieces clicks recipes negatives exposed events funnel request debugging vectors markets"
-LONG += " tuning"
+QUICK = "rules logq similar daily personal_data new_items events_in_service"
+LONG = "pieces recipes negatives events report tuning features"
 GUIDES = {START: [pytest.mark.slow, pytest.mark.nightly]}
 GUIDES |= {f"docs/guides/{name}.md": [pytest.mark.slow] for name in QUICK.split()}
 GUIDES |= {f"docs/guides/{name}.md": [pytest.mark.nightly] for name in LONG.split()}
-# The requests of the first are sent below, to the README's model. The next two are scripts for
-# cron and for a cluster. tests/test_engines.py runs the fourth. The last takes versions out of a
-# folder and pins them, as tests/service/test_versions.py and test_server.py do.
-ELSEWHERE = ("serving", "daily", "scale", "engines", "versions")
-RUN_ELSEWHERE = tuple(f"docs/guides/{name}.md" for name in ELSEWHERE)
+# The requests of the first are sent below, to the README's model. tests/test_engines.py runs the
+# second. The last takes versions out of a folder and pins them, as
+# tests/service/test_versions.py and test_server.py do.
+RUN_ELSEWHERE = tuple(f"docs/guides/{name}.md" for name in ("serving", "engines", "watching"))
 SHELL = ("python3", "openssl", "pip", ".venv/bin/pip", "docker", "mkdir", "cp", "mv")
 # Flags that make a command short; if a flag is given twice, the last one counts.
 TWO = ["--training.max_epochs", "2", "--no-training.refit"]
@@ -49,7 +46,8 @@ SHORT = {"run": [*TWO, "--export.if_beaten"], "compare": [*TWO, "--training.max_
 RACING = {"run": ["--recipes", "default", "quick"]}
 SHORTER = {"run": [*ONE, "--recipes", "none"], "compare": ONE}
 SCI_FI = 15  # Its place among GroupLens's genres.
-BLOCK = re.compile(r"^```(python|sh|text|json)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# Scripts, for cron and for a cluster, are not run.
+BLOCK = re.compile(r"^```(python|sh|text|json)\n(?!#!)(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def blocks(page: str) -> list[tuple[str, str]]:

@@ -49,7 +49,7 @@ _SEQUENCE: dict[str, Any] = {
     "model.history_dropout": 0.2,
     "model.id_dropout": 0.01,
     "model.item_init": "svd",
-    "model.feature_dim": 4,  # 16 lost on sparse 1M: docs/explanation/tried.md.
+    "model.feature_dim": 4,  # 16 lost on sparse 1M: docs/archive/tried.md.
     "model.temperature": 0.1,
     "training.examples": "sequences",
     "training.max_epochs": 100,
@@ -88,7 +88,7 @@ _ALL = (
             "model.history_dropout": 0.0,
             "model.candidate_bias": True,
             "model.item_init": "svd",
-            # Between the best values for small and large catalogs: docs/explanation/tried.md.
+            # Between the best values for small and large catalogs: docs/archive/tried.md.
             "model.temperature": 0.12,
             "training.examples": "sets",
             "training.batch_size": 3072,

@@ -76,7 +76,7 @@ def test_many_queries_that_an_exclusion_leaves_empty_come_with_a_remedy(
     lines = measure(Scores(np.zeros((num_users, 12))), holdout, exclude="clicked").describe()
     (line,) = (line for line in lines if "skipped, with nothing to find" in line)
     assert line.startswith(f"1 of {num_users} queries")
-    assert ("set evaluation.exclude to none (docs/guides/seen.md)" in line) == is_told
+    assert ("set evaluation.exclude to none (docs/guides/rules.md)" in line) == is_told
 
 
 def test_a_holdout_has_as_many_lists_as_users() -> None:

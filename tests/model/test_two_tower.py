@@ -383,7 +383,7 @@ def test_a_hard_share_that_few_positives_can_have_is_told(tmp_path: Path) -> Non
         *_, note = fit.describe_data(data, batches, plan.settings, plan.training)
         assert note.startswith(f"effective mean hard share {0.4 * num_losers / 10:.4f}")
         assert note.endswith(" for the 0.4 asked for: few positives have losers in their request "
-                             "(docs/guides/funnel.md)") == is_told  # fmt: skip
+                             "(docs/guides/events.md)") == is_told  # fmt: skip
 
 
 def test_data_that_cannot_be_trained_on(tmp_path: Path) -> None:

@@ -329,7 +329,7 @@ def test_by_user_no_request_of_a_user_with_too_many_is_asked(
 def test_the_guide_to_trackers_logs_the_test_by_both_questions(
     of_stages: Finished, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its first snippet runs as it is, with a tracker that only keeps what it is given."""
+    """Its snippet runs as it is, with a tracker that only keeps what it is given."""
     (here / "runs").mkdir()
     (here / "runs" / "videos-1").symlink_to(of_stages.folder)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")
@@ -337,8 +337,9 @@ def test_the_guide_to_trackers_logs_the_test_by_both_questions(
     tracker = MagicMock()
     tracker.log_metric = lambda name, value, step=0: logged.update({name: value})
     monkeypatch.setitem(sys.modules, "mlflow", tracker)
-    page = (Path(__file__).parents[2] / "docs/guides/tracking.md").read_text()
-    exec(page.partition("```python\n")[2].partition("```")[0], {})
+    page = (Path(__file__).parents[2] / "docs/guides/tuning.md").read_text()
+    (snippet,) = (text for text in page.split("```python\n") if "import mlflow" in text)
+    exec(snippet.partition("```")[0], {})
     metrics = of_stages.metrics
     for test, models in (
         ("test", metrics["models"]),

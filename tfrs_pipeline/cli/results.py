@@ -95,7 +95,7 @@ def _findings(config: RunConfig, metrics: Mapping[str, Any]) -> Iterator[tuple[s
     for line in advice(metrics, metric, config):
         yield "try", line
     if better.outcome in (Outcome.LEVEL, Outcome.WORSE):
-        yield "more", "docs/guides/debugging.md"
+        yield "more", "docs/guides/report.md"
 
 
 def print_comparison(console: Console, result: "Comparison", folder: Path) -> None:

@@ -180,7 +180,7 @@ class Repeats(Baseline):
 
 # Weight decay per position after the item.
 _DECAY = 0.8
-# What followed the item before the last one counts this much: docs/explanation/tried.md.
+# What followed the item before the last one counts this much: docs/archive/tried.md.
 _BEFORE = 0.3
 
 

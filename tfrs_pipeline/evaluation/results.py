@@ -99,7 +99,8 @@ class EvaluationResult:
         num, num_relevant = len(self.user_ids), self.overall.num_relevant
         sampled_from = counted(self.num_sampled_from or 0, "query")
         is_many = self.num_relevant_excluded and self.num_skipped >= 0.05 * (num + self.num_skipped)
-        hint = "; if own items may come again, set evaluation.exclude to none (docs/guides/seen.md)"
+        hint = "; if own items may come again, set evaluation.exclude to none"
+        hint += " (docs/guides/rules.md)"
         lines = [
             (self.num_sampled_from, f"measured on {num:,} of {sampled_from}, sampled"),
             (self.num_skipped,

@@ -261,7 +261,7 @@ def describe_data(
         note = f"effective mean hard share {batches.mean_hard_share:.4f}"
         if batches.mean_hard_share < settings.hard.share / 2:
             is_funnel = isinstance(settings.hard, FunnelLosers)
-            what = "losers in their request (docs/guides/funnel.md)" if is_funnel else "any"
+            what = "losers in their request (docs/guides/events.md)" if is_funnel else "any"
             note += f" for the {settings.hard.share:g} asked for: few positives have {what}"
         notes.append(note)
     if (size := batches.frame.batch_size) < training.batch_size:

@@ -372,7 +372,7 @@ def choose(
     better after its rotation to the winner's dimensions, the best one joins with the best of
     `WEIGHTS`; on fewer than `MIN_QUERIES` queries, with 1. Better is the mean, not the interval,
     since the winner's value is the best of many epochs on the same queries, which flatters it
-    (docs/explanation/tried.md).
+    (docs/archive/tried.md).
 
     Args:
         members: Vectors by name, for the queries and the items of `truth`, in their order.

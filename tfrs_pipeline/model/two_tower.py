@@ -156,7 +156,7 @@ class TwoTower(TwoTowerSettings):
                 bit, unless a custom tower has a random state, as `tf.keras.layers.Dropout` does.
                 Custom parts are compared by name alone, and the model to start from is not compared
                 at all, so do not change these in between. None is temporary. Several workers need a
-                shared folder (`docs/guides/scale.md`).
+                shared folder (`docs/guides/size.md`).
             exclude: What validation excludes from a user's ranking; it also chooses the model's
                 `bonus`.
             on_epoch: Called after each epoch with the result so far.

@@ -28,7 +28,7 @@ from tfrs_pipeline.model.towers import Tower
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.settings import refuse
 
-# Chosen on validation: docs/explanation/tried.md.
+# Chosen on validation: docs/archive/tried.md.
 _EXPONENT = 0.4
 # Whose features a corpus holds, and the settings' word for them.
 SIDES = {"candidate": "item", "query": "user", "request": "request"}

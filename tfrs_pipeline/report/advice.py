@@ -2,7 +2,7 @@
 
 Advice is a table: each row has what was measured, and the sentence that is said if it holds. A row
 never suggests what the settings already have. Why a comparison was lost does not follow from one
-number: `docs/guides/debugging.md` has the usual causes.
+number: `docs/guides/report.md` has the usual causes.
 """
 
 from collections.abc import Iterator

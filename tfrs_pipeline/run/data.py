@@ -240,7 +240,7 @@ def describe_samples(report: Mapping[str, Any], exclude: Exclude) -> list[str]:
     if repeats > _MANY_REPEATS and exclude != "none":
         notes.append(
             f"{repeats:.0%} repeats, which rankings leave out (evaluation.exclude {exclude}): if a "
-            "user's own items may come again, set it to none (docs/guides/seen.md)"
+            "user's own items may come again, set it to none (docs/guides/rules.md)"
         )
     if "num_disliked" in report:
         notes.append(

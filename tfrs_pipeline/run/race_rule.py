@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tfrs_pipeline.messages import counted
 
 # Recipes are compared for the first time at the CPU time that this many epochs of the slowest take.
-# With 5, noise in the first epochs decides: docs/explanation/tried.md has replays of both numbers.
+# With 5, noise in the first epochs decides: docs/archive/tried.md has replays of both numbers.
 FIRST_EPOCHS = 8
 # A trailing recipe trains on if this many times its gain in the second half of its time would bring
 # it to the leader's best. Self-attention rises late: it may be a quarter behind after nine epochs,
