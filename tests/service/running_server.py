@@ -54,7 +54,7 @@ class Running:
         if takes_writes:
             settings["token_file"] = model.with_name("token")
             settings["token_file"].write_text(f"{TOKEN}\n")
-        self.server = ModelServer(model, ServeSettings(poll_seconds=0.05, **settings))
+        self.server = ModelServer(model, ServeSettings(**{"poll_seconds": 0.05} | settings))
         self.server.versions.load_first()
         self.app = create_app(self.server)
         self._loop = asyncio.new_event_loop()

@@ -1,6 +1,7 @@
 """A file of events that breaks while a server runs."""
 
 import os
+import shutil
 import sqlite3
 import subprocess
 from collections.abc import Callable
@@ -91,6 +92,17 @@ def test_a_server_goes_on_without_its_file_of_events(
         counted["outcome"] = "confirmed"
         assert running.metric("tfrs_events_total", **counted) == num_confirmed + 1
     assert len(Journal(films).of_users([102])[102]) == 2
+
+
+def test_a_version_is_loaded_while_events_cannot_be_read(films: Path) -> None:
+    with Running(films, takes_writes=True) as running:
+        before, _ = ask(running)
+        assert send(running, event(102, before[0])).status_code == 200
+        (films / JOURNAL_FILE).write_bytes(b"")
+        shutil.copytree(films / "1", films / ".2")
+        (films / ".2").rename(films / "2")
+        until(lambda: running.get("/readyz").text.startswith("ok: films version 2;"))
+        assert ask(running) == (before, "unavailable")
 
 
 def test_a_damaged_file_makes_way_for_another(films: Path) -> None:

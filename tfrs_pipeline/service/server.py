@@ -93,10 +93,7 @@ class ModelServer:
                 self.recorder.journal.write([])  # Refuses a file of another version at the start.
 
     def _load(self, folder: Path) -> ServedVersion:
-        version = ServedVersion(folder, self.settings)
-        if version.retriever.users.journal is not None:
-            version.retriever.users.journal = self.journal
-        return version
+        return ServedVersion(folder, self.settings, self.journal)
 
     def number(self, request: Request) -> str | None:
         """Reads the version in a request's path, None for any; raises a 404 for another model."""

@@ -32,6 +32,7 @@ from tfrs_pipeline.answers.signatures import (
     completed,
 )
 from tfrs_pipeline.records.database import Replaced
+from tfrs_pipeline.records.user_events import Journal
 from tfrs_pipeline.search.candidates import UnknownItem
 from tfrs_pipeline.service.request_metrics import BUCKETS_SECONDS
 from tfrs_pipeline.service.rest import SignatureInputs, bad_request
@@ -64,10 +65,12 @@ Identity: TypeAlias = tuple[int, int, int]
 class ServedVersion:
     """A loaded version of a model, from a folder named by its number.
 
-    It `is_quick` if a query takes less than 2 ms.
+    It `is_quick` if a query takes less than 2 ms. Without a `journal`, it reads events by its own.
     """
 
-    def __init__(self, folder: Path, settings: ServeSettings) -> None:
+    def __init__(
+        self, folder: Path, settings: ServeSettings, journal: Journal | None = None
+    ) -> None:
         if not folder.name.isdigit():
             raise ValueError(
                 "A version's folder is named by its number, such as saved_models/NAME/3. "
@@ -76,6 +79,10 @@ class ServedVersion:
         self.number = int(folder.name)
         self.num_uses = 0
         self.retriever = load(folder)
+        # First, since the calls below read events: the server's journal goes on without them if
+        # they cannot be read, and so does the version.
+        if journal is not None and self.retriever.users.journal is not None:
+            self.retriever.users.journal = journal
         self.retriever.graph.catch_up()  # Counts all clicks: no write has to wait for that.
         # The page needs the titles. They are read now, because the folder may be deleted later.
         self.titles: dict[Any, str | None] = {}
