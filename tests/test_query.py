@@ -95,7 +95,7 @@ def test_notes_say_what_of_a_history_is_not_read(
         assert len(found) == bool(expected)
         assert "".join(found).startswith(expected)
     found = asked(command, histories, "--history", "4")["notes"]
-    assert any(note.startswith("No item of the history was in the model's tr") for note in found)
+    assert any(note.startswith("1 of 1 items of the history are ignored") for note in found)
 
 
 def test_notes_say_what_a_request_lacks_or_holds_that_is_unknown(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import AfterValidator, Field, PositiveInt
 from rich.console import Console
@@ -246,6 +246,29 @@ class OfQuery(OfModel):
         if self.user is None and self.history is None:
             yield "user", "required, or --history ITEM ... for someone without an id"
 
+    def read(self, retriever: "LoadedRetriever") -> "_Asked":
+        """Reads ids and request as the model's, and notes what it cannot use."""
+        from tfrs_pipeline.features.encoding import parse_request
+
+        parse_id, features = retriever.stored.parse_id, retriever.features["request"]
+        request = parse_request(features, self.request)
+        notes = [*_request_notes(features, self.request, request)]
+        user_id = None if self.user is None else parse_id(self.user, "user")
+        exclude, query = list(map(parse_id, self.exclude)), None
+        if self.history is not None:
+            history = list(map(parse_id, self.history))
+            query = {"user_id": user_id, "history": history, "request": request}
+            exclude = retriever.left_out([query])[0] + exclude
+        return _Asked(user_id, request, exclude, query, notes)
+
+
+class _Asked(NamedTuple):
+    user_id: Any
+    request: dict[str, Any]
+    exclude: list[Any]
+    query: dict[str, Any] | None  # With a history.
+    notes: list[str]
+
 
 class Query(OfQuery):
     """Ask an exported model for a user's items, or for items similar to one.
@@ -305,25 +328,10 @@ class Query(OfQuery):
         self, retriever: "LoadedRetriever"
     ) -> tuple[list[Any], list[float], dict[str, Any], list[str]]:
         """Returns ids, scores, what else the JSON says, and the lines above the table."""
-        from tfrs_pipeline.features.encoding import parse_request
-
-        features = retriever.features["request"]
-        request = parse_request(features, self.request)
-        about: dict[str, Any] = {}
-        notes = [
-            *(_request_notes(features, self.request, request) if self.similar_to is None else ())
-        ]
-        if self.user is not None:
-            about["user_id"] = retriever.stored.parse_id(self.user, "user")
+        user_id, request, exclude, query, notes = self.read(retriever)
+        about: dict[str, Any] = {} if user_id is None else {"user_id": user_id}
         if self.request:
             about["request"] = dict(self.request)
-        exclude = list(map(retriever.stored.parse_id, self.exclude))
-        if exclude:
-            is_known = retriever.candidates.has(exclude)
-            about["unknown_excluded"] = unknown = [*itertools.compress(exclude, ~is_known)]
-            if unknown:
-                names = printable(", ".join(map(str, unknown)))
-                notes.append(f"Excluded without effect, because the model lacks them: {names}.")
         # The index has no more. The table says so if fewer are left.
         k = min(self.k, retriever.num_candidates)
         allowed = None if self.filter is None else [list(self.filter)]
@@ -332,9 +340,10 @@ class Query(OfQuery):
             if self.kind == "also_taken":
                 retriever.catch_up()
             ids, scores = retriever.similar([item], k, [exclude], allowed=allowed, kind=self.kind)
-        elif self.history is None:
+            return ids[0].tolist(), scores[0].tolist(), about, []
+        if query is None:
             ids, scores, (is_known_user,) = retriever.retrieve_user(
-                [about["user_id"]], k, [exclude], allowed=allowed, requests=[request]
+                [user_id], k, [exclude], allowed=allowed, requests=[request]
             )
             about["is_known_user"] = bool(is_known_user)
             if not is_known_user:
@@ -342,13 +351,15 @@ class Query(OfQuery):
                     f"User {self.user} is unknown to this model: answered for an empty history."
                 )
         else:
-            history = list(map(retriever.stored.parse_id, self.history))
-            query = {"user_id": about.get("user_id"), "history": history, "request": request}
-            left_out = retriever.left_out([query])[0] + exclude
-            ids, scores = retriever.retrieve([query], k, [left_out], allowed=allowed)
+            history = query["history"]
+            ids, scores = retriever.retrieve([query], k, [exclude], allowed=allowed)
             unknown = [*itertools.compress(history, ~retriever.stored.has_items(history))]
             about |= {"history": history, "unknown_items": unknown}
-            notes += _history_notes(history, unknown)
+            if unknown:
+                notes.append(
+                    f"{len(unknown)} of {len(history)} items of the history are ignored: the "
+                    f"model's training did not have them, first {unknown[0]!r}."
+                )
         return ids[0].tolist(), scores[0].tolist(), about, notes
 
 
@@ -367,21 +378,14 @@ class Explain(OfQuery):
         """Asks the model and prints the explanation."""
         from tfrs_pipeline.answers.explain import explain
         from tfrs_pipeline.answers.retriever import load
-        from tfrs_pipeline.features.encoding import parse_request
 
         retriever = load(self.model)
-        parse_id, features = retriever.stored.parse_id, retriever.features["request"]
-        request = parse_request(features, self.request)
-        user_id = None if self.user is None else parse_id(self.user, "user")
-        asked: dict[str, Any] = {"user_id": user_id, "request": request}
-        exclude = list(map(parse_id, self.exclude))
-        if self.history is not None:
-            history = list(map(parse_id, self.history))
-            asked = {"query": {"user_id": user_id, "history": history, "request": request}}
-            exclude += retriever.left_out([asked["query"]])[0]
+        user_id, request, exclude, query, notes = self.read(retriever)
+        asked: dict[str, Any] = {"query": query}
+        if query is None:
+            asked = {"user_id": user_id, "request": request}
         asked |= {"k": self.k, "exclude": exclude, "allowed": self.filter or ()}
-        why = explain(retriever, parse_id(self.item), **asked)
-        notes = [*_request_notes(features, self.request, request)]
+        why = explain(retriever, retriever.stored.parse_id(self.item), **asked)
         if self.as_json:
             _print_json({**asdict(why), "notes": notes})
             return 0
@@ -408,15 +412,3 @@ def _request_notes(
     absent = (x for x in features if x.name not in request)
     if lacking := [x.name for x in absent if not (x.is_from_timestamp and has_time)]:
         yield f"Not given, taken as missing: {', '.join(lacking)} (--request {lacking[0]}=VALUE)."
-
-
-def _history_notes(history: Sequence[Any], unknown: Sequence[Any]) -> Iterator[str]:
-    """Describes what the model ignores in a query's history, given its unknown items."""
-    if unknown and len(unknown) == len(history):  # No model reads unknown items.
-        yield "No item of the history was in the model's training: answered for an empty history."
-        return
-    if unknown:
-        yield (
-            f"{len(unknown)} of {len(history)} items of the history are ignored: the model's "
-            f"training did not have them, first {unknown[0]!r}."
-        )
