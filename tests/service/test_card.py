@@ -18,7 +18,7 @@ MANIFEST: dict[str, Any] = {
     "run": "runs/shop",
     "history_length": 50,
     "histories_until": "2026-01-01T00:00:00+00:00",
-    "reading": {"event_weights": {"view": 1.0, "purchase": 5.0}},
+    "reading": {"event_weights": {"view": 1.0, "purchase": 5.0, "seen": "exposed"}},
     "feature_inputs": {"query": {"age": "age"}, "candidate": {}, "request": {"device": "device"}},
     "counts": {"num_samples": 1000, "num_queries": 1, "num_candidates": 40},
     "metrics": {
@@ -39,7 +39,7 @@ def test_a_card_says_what_the_manifest_says() -> None:
     for line in (
         "- The log clicks.csv, by the run runs/shop.",
         "- 1,000 positives, 1 user, 40 items.",
-        "- Weights of events: view 1, purchase 5.",
+        "- Weights of events: view 1, purchase 5, seen exposed.",
         "- Of the query: age.",
         "- Of the request: device.",
         "On 30 queries of held-out clicks:",

@@ -245,6 +245,26 @@ def test_killed_writers_lose_nothing_confirmed(tmp_path: Path) -> None:
     assert sum(number + 1 for number in confirmed.values()) >= 8
 
 
+def test_a_kill_while_the_log_is_copied_loses_nothing(tmp_path: Path) -> None:
+    """The file's first page tells of pages that only the log holds."""
+    store, copy = Store(tmp_path), tmp_path / "copy"
+    copy.mkdir()
+    write(store, *ITEMS)
+    items = [{"item_id": f"late {number}", "text": "x" * 3000} for number in range(40)]
+    write(store, *items)
+    log = (tmp_path / f"{STORE_FILE}-wal").read_bytes()
+    before = (tmp_path / STORE_FILE).read_bytes()
+    with contextlib.closing(sqlite3.connect(tmp_path / STORE_FILE)) as connection:
+        assert connection.execute("PRAGMA wal_checkpoint").fetchone()[0] == 0
+    after = (tmp_path / STORE_FILE).read_bytes()
+    assert len(after) > len(before)
+    (copy / STORE_FILE).write_bytes(after[:4096] + before[4096:])
+    with pytest.raises(Damaged):
+        read(copy)
+    (copy / f"{STORE_FILE}-wal").write_bytes(log)
+    assert read(copy) == [*ITEMS, *items]
+
+
 def test_threads_and_processes_write_in_turn(tmp_path: Path) -> None:
     others = [start(tmp_path, name, 0, 40) for name in "ab"]
     shared, reader, seq = Store(tmp_path), Store(tmp_path), 0

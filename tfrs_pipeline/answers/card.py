@@ -38,7 +38,9 @@ def _trained_on(manifest: Mapping[str, Any]) -> Iterator[str]:
     sizes = {"num_samples": "positive", "num_queries": "user", "num_candidates": "item"}
     yield f"- {', '.join(counted(counts[name], word) for name, word in sizes.items())}."
     if types:
-        yield f"- Weights of events: {', '.join(f'{x} {types[x]:g}' for x in types)}."
+        # A type has a weight, or a word in place of one, such as "exposed".
+        weights = [f"{x} {y if isinstance(y, str) else f'{y:g}'}" for x, y in types.items()]
+        yield f"- Weights of events: {', '.join(weights)}."
     yield f"- Histories until {manifest['histories_until']}; what came later, from the service."
 
 

@@ -124,8 +124,13 @@ class Database:
                 if raw.execute("PRAGMA schema_version").fetchone() == (0,):
                     raise sqlite3.DatabaseError("file is empty")
         except sqlite3.DatabaseError as error:
-            # While a log is copied, the beginning may tell of pages that are not there yet.
-            is_growing = self._checked is not None and stamp.size >= self._checked.size
+            # While a log is copied, the beginning may tell of pages that are not there yet; so it
+            # does after a kill at that moment, until the next copy.
+            if self._checked is None:
+                log = self.path.with_name(f"{self.file_name}-wal")
+                is_growing = log.exists() and log.stat().st_size > 0
+            else:
+                is_growing = stamp.size >= self._checked.size
             if not is_growing or getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_CORRUPT:
                 raise
         else:

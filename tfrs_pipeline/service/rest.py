@@ -172,7 +172,8 @@ class SignatureInputs:
                 )
             width = widths.pop() if widths else shape[1] or 0
             rows = [[missing] * width if row is None else known(row) for row in column]
-            array = np.array(rows, type_).reshape(len(column), width)
+            with np.errstate(over="ignore"):  # What is too large for the type is refused below.
+                array = np.array(rows, type_).reshape(len(column), width)
         if dtype.startswith("float") and np.isinf(array).any():
             raise bad_request(f"Input {name!r} takes finite {dtype} values, or null.")
         return array
