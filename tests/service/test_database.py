@@ -265,6 +265,27 @@ def test_a_kill_while_the_log_is_copied_loses_nothing(tmp_path: Path) -> None:
     assert read(copy) == [*ITEMS, *items]
 
 
+def test_a_log_does_not_hide_that_a_file_was_cut(tmp_path: Path) -> None:
+    """The log holds a later write, not the pages that the file lost."""
+    store, cut = Store(tmp_path), tmp_path / "cut"
+    cut.mkdir()
+    write(store, *({"item_id": f"early {number}", "text": "x" * 3000} for number in range(40)))
+    with contextlib.closing(sqlite3.connect(tmp_path / STORE_FILE)) as connection:
+        connection.execute("PRAGMA wal_checkpoint")
+    write(store, ITEMS[0])
+    whole = (tmp_path / STORE_FILE).read_bytes()
+    # The log holds the last page, in which the later write is.
+    for size in (4096 * 3, len(whole) // 2, len(whole) - 2 * 4096):
+        contents = {"": whole[:size], "-wal": (tmp_path / f"{STORE_FILE}-wal").read_bytes()}
+        for end, content in contents.items():
+            (cut / f"{STORE_FILE}{end}").write_bytes(content)
+        for _ in range(2):
+            with pytest.raises(Damaged):
+                write(Store(cut), ITEMS[1])
+        for end, content in contents.items():  # What is left of it stays for its owner.
+            assert (cut / f"{STORE_FILE}{end}").read_bytes() == content
+
+
 def test_threads_and_processes_write_in_turn(tmp_path: Path) -> None:
     others = [start(tmp_path, name, 0, 40) for name in "ab"]
     shared, reader, seq = Store(tmp_path), Store(tmp_path), 0

@@ -126,15 +126,23 @@ class Database:
         except sqlite3.DatabaseError as error:
             # While a log is copied, the beginning may tell of pages that are not there yet; so it
             # does after a kill at that moment, until the next copy.
+            if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_CORRUPT:
+                raise
             if self._checked is None:
-                log = self.path.with_name(f"{self.file_name}-wal")
-                is_growing = log.exists() and log.stat().st_size > 0
-            else:
-                is_growing = stamp.size >= self._checked.size
-            if not is_growing or getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_CORRUPT:
+                if not self._is_whole_with_its_log():
+                    raise
+                self._checked = stamp
+            elif stamp.size < self._checked.size:
                 raise
         else:
             self._checked = stamp
+
+    def _is_whole_with_its_log(self) -> bool:
+        """Reads all pages, as SQLite finds them in the file and the log beside it."""
+        # Only to read: the last of other connections copies the log when it closes.
+        uri = f"{self.path.absolute().as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)) as whole:
+            return whole.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
 
     def _connected(self) -> sqlite3.Connection | None:
         file, identity = self._stamp(), None
