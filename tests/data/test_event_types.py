@@ -120,7 +120,7 @@ def test_columns_that_are_lists_or_records_are_left_unread() -> None:
     ({"event_weights": {"purchase": 5, "page_view": 1}}, r"page_view: .* mean 'view'\?"),
     ({"event_weights": {"kauf": 5}}, "no row has a type with a weight. The types are click, p"),
     ({"event_weights": {"view": "exposed"}}, "is a positive"),
-    ({"event_weights": {"view": "hidden"}}, "above 0, exposed or disliked"),
+    ({"event_weights": {"view": "hidden"}}, "above 0, or one of retrieved"),
     ({"event_weights": {"view": "shown"}}, "got 'shown'; must be the weight of a positive"),
     ({"event_weights": {"view": 0}}, "got 0; must be the weight"),
     ({"event_weights": WEIGHTS, "label": {"x": 1}}, "and so does label: set one"),

@@ -364,7 +364,7 @@ def test_ids_live_as_long_as_their_events(tmp_path: Path, seed: int) -> None:
                 if key not in held and line["event_id"] not in {*held.values()} - {None}:
                     held[key] = line["event_id"]
                     expected[number] += 1
-        types = {"users_are_text": False, "items_are_text": False}
+        types: dict[str, Any] = {"users_are_text": False, "items_are_text": False}
         assert journal.write([check_events(group, **types) for group in groups]) == expected
         if rng.random() < 0.4:
             users = rng.integers(1, 5, 2).tolist()
@@ -453,7 +453,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "message"), WRONG)
 def test_a_wrong_event_is_refused(change: dict[str, Any], message: str) -> None:
-    types = {"users_are_text": False, "items_are_text": False}
+    types: dict[str, Any] = {"users_are_text": False, "items_are_text": False}
     with pytest.raises(ValueError, match=f"Event 1: {message}"):
         check_events([event(1, 2), event(1, 2) | change], **types)
     with pytest.raises(ValueError, match="Event 0 must be an object"):
@@ -475,7 +475,7 @@ def test_only_the_space_that_a_log_strips_is_stripped() -> None:
 
 
 def test_times_are_exact_to_a_millisecond() -> None:
-    types = {"users_are_text": True, "items_are_text": False}
+    types: dict[str, Any] = {"users_are_text": True, "items_are_text": False}
     when = datetime(2026, 5, 1, 12, 30, 15, 123_000, UTC)
     times = [when, when.isoformat(), when.timestamp(), np.float64(when.timestamp())]
     times += [np.int64(int(when.timestamp())) + 0.123]

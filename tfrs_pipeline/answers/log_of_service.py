@@ -1,6 +1,7 @@
 """Writes what a model's users did and were served as the event table that a run reads."""
 
 import itertools
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,19 +9,22 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tfrs_pipeline.answers.publish import version_at
-from tfrs_pipeline.durable import parquet_destination, replacing
-from tfrs_pipeline.records.user_events import Journal
+from tfrs_pipeline.answers.publish import MANIFEST_FILE, event_types, version_at
+from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.durable import parquet_destination, read_record, replacing
+from tfrs_pipeline.records.user_events import WORDS, Journal
 
 if TYPE_CHECKING:
     from tfrs_pipeline.answers.retriever import LoadedRetriever
 
 # Rows in memory at a time, and per row group of the file.
 BLOCK = 100_000
+_OF_TYPES = "event", "session_id"  # Columns of a log whose types of events have weights.
 _TYPES: dict[str, pa.DataType | None] = {
     **dict.fromkeys(("user_id", "item_id")),  # As they were recorded: int64 or string.
     "timestamp": pa.timestamp("ms", tz="UTC"),
-    "stage": pa.string(),
+    **dict.fromkeys(("stage", "event", "session_id"), pa.string()),
+    "weight": pa.float64(),
     "request_id": pa.string(),
     "rank": pa.int32(),
 }
@@ -32,7 +36,12 @@ def write_log(model: "str | Path | LoadedRetriever", path: str | Path) -> int:
     Each item of a request is a row: `user_id`, `item_id`, `timestamp`, `stage`, `request_id` and
     its `rank` in the answer, from 1. An item that was served is "retrieved", one that was shown
     "exposed", a clicked one "clicked", a disliked one "disliked"; other stages are those that were
-    recorded. The furthest one counts. Events without a request have no `request_id`.
+    recorded. The furthest one counts. Events without a request have no `request_id`. If an event
+    has a weight, there is a column `weight`, 1 for the others.
+
+    Where the model's own log had types of events with weights, each event is a row, as that log's
+    settings read it: `event` (its type, or "retrieved" for an item that was served and has no
+    event), `session_id` and `weight` stand in place of `stage`.
 
     Args:
         model: The folder of a model or of a version, or the loaded model.
@@ -60,21 +69,31 @@ def write_log(model: "str | Path | LoadedRetriever", path: str | Path) -> int:
             f"{path} exists, and rows have been dropped from {journal.path}: replacing the "
             f"file may lose them. Give another path, such as {today}, or move the file away."
         )
-    blocks = journal.log(BLOCK)
+    types = event_types(read_record(version / MANIFEST_FILE, check_files=False))
+    names = [name for name in _TYPES if name not in (("stage",) if types else _OF_TYPES)]
+    blocks = journal.log(BLOCK, _words(types) if types else None)
     if (block := next(blocks, None)) is None:
         raise ValueError(
             f"Nothing has been recorded, or all was dropped: there is no event in {journal.path}. "
             "Send events to the server, or call `record`."
         )
-    schema = _table(block).schema
-    with replacing(path) as partial, pq.ParquetWriter(partial, schema) as file:
+    ids = (pa.string() if isinstance(id_, str) else pa.int64() for id_ in block[0])
+    schema = pa.schema([(name, _TYPES[name] or next(ids)) for name in names])
+    kept = [name for name in names if name != "weight" or types or journal.has_weights()]
+    written = pa.schema([schema.field(name) for name in kept])
+    with replacing(path) as partial, pq.ParquetWriter(partial, written) as file:
         for rows in itertools.chain([block], blocks):
-            file.write_table(_table(rows, schema))
+            columns = zip(schema, zip(*rows, strict=True), strict=True)
+            arrays = [pa.array(values, field.type) for field, values in columns]
+            file.write_table(pa.table(arrays, schema=schema).select(kept))
             num_rows += len(rows)
     return num_rows
 
 
-def _table(rows: list[tuple[Any, ...]], schema: pa.Schema | None = None) -> pa.Table:
-    types = _TYPES if schema is None else dict(zip(schema.names, schema.types, strict=True))
-    columns = zip(types.items(), zip(*rows, strict=True), strict=True)
-    return pa.table({name: pa.array(values, type_) for (name, type_), values in columns})
+def _words(types: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what a log with these types calls the stages of events without a type of their own.
+
+    A log that has neither name drops them, and says so.
+    """
+    words = {stage: word for word, stage in WORDS.items() if stage not in types}
+    return {stage.value: words.get(stage, stage.value) for stage in Stage}

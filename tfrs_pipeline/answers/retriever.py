@@ -250,10 +250,11 @@ class LoadedRetriever:
         end of its log. An event that is there already changes nothing.
 
         Args:
-            events: Mappings of `user_id`, `item_id` and `type`: "click", "view" (shown), "dislike"
-                or a stage of a log. Optional are `time` (a datetime with a zone, ISO 8601, or
-                seconds since 1970; default: now), `request_id` (of the answer that it belongs to)
-                and `event_id`, the client's own, which makes a repeat harmless.
+            events: Mappings of `user_id`, `item_id` and `type`: "click", "view" (shown), "dislike",
+                a stage of a log, or a type of the model's own log (`event_weights`). Optional are
+                `time` (a datetime with a zone, ISO 8601, or seconds since 1970; default: now),
+                `request_id` (of the answer that it belongs to), `event_id`, the client's own, which
+                makes a repeat harmless, `session_id`, and `weight`, an amount as in the log.
 
         Returns:
             How many of the events are new.
@@ -281,6 +282,7 @@ class LoadedRetriever:
             events,
             users_are_text=self.stored.users.are_text,
             items_are_text=self.stored.items.are_text,
+            types=publish.event_types(self.manifest),
         )
 
     def left_out(self, queries: Sequence[Query]) -> list[list[Any]]:

@@ -1,6 +1,7 @@
 """What each user did until now: the history that a version holds, and the events since."""
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tfrs_pipeline.answers.publish import event_types
 from tfrs_pipeline.answers.stored import Stored
-from tfrs_pipeline.data.schema import Exclude, Stage
+from tfrs_pipeline.data.schema import LONGEST_PAUSE, PAUSE, Exclude, Stage
 from tfrs_pipeline.records.user_events import Event, Journal
 from tfrs_pipeline.search.exclusions import KNOWN_STAGES, left_out, left_out_by_history
 
@@ -33,6 +35,37 @@ class UserNow(NamedTuple):
     is_known: bool
 
 
+def _once_a_visit(events: Sequence[Event]) -> list[Event]:
+    """Returns a user's clicks, oldest first, with those of an item in a visit as the first of them.
+
+    A log whose types of events have weights merges them in the same way (`data/visits.py`): what
+    was clicked and then bought is one positive.
+    """
+    last: dict[str | None, int] = {}
+    num_pauses: Counter[str | None] = Counter()
+    # By item and request, or else each by itself: its first event, and the visit.
+    firsts: dict[Any, tuple[Event, tuple[str | None, int]]] = {}
+    for number, event in enumerate(events):
+        session, second = event.session_id, event.time // 1000
+        pause = PAUSE if session is None else LONGEST_PAUSE
+        num_pauses[session] += second - last.get(session, second) > pause
+        last[session] = second
+        is_dislike = event.type == Stage.DISLIKED
+        key = (event.request_id, event.item_id, is_dislike) if event.request_id else number
+        first, visit = firsts.setdefault(key, (event, (session, num_pauses[session])))
+        if event.type == Stage.CLICKED:
+            firsts[key] = first._replace(type=event.type), visit
+    num_of_request = Counter(event.request_id for event, _ in firsts.values())
+    clicks, seen = list[Event](), set[tuple[Any, ...]]()
+    for event, visit in firsts.values():
+        if event.type == Stage.CLICKED:
+            is_mergeable = not event.request_id or num_of_request[event.request_id] == 1
+            if not (is_mergeable and (event.item_id, visit) in seen):
+                clicks.append(event)
+            seen.add((event.item_id, visit))
+    return clicks
+
+
 class Users:
     """The users of a loaded version: what it holds of them, and their events.
 
@@ -53,6 +86,7 @@ class Users:
     ) -> None:
         self.journal = None if folder is None else Journal(folder)
         self._stored, self._rule = stored, rule
+        self._has_visits = bool(event_types(manifest))
         until = manifest.get("histories_until", manifest["items_read"])
         self.until = round(1000 * datetime.fromisoformat(until).timestamp())
 
@@ -87,8 +121,10 @@ class Users:
         events = [event for event in events if isinstance(event.item_id, str) == are_text]
         disliked += [event.item_id for event in events if event.type == Stage.DISLIKED]
         known += [event.item_id for event in events if event.type in KNOWN_STAGES[self._rule]]
-        is_later = (event.type == Stage.CLICKED and event.time > self.until for event in events)
-        clicks = [*itertools.compress(events, is_later)]
+        clicks = [event for event in events if event.type == Stage.CLICKED]
+        if self._has_visits:
+            clicks = _once_a_visit(events)
+        clicks = [click for click in clicks if click.time > self.until]
         history += [click.item_id for click in clicks]
         # Whole seconds, as in training.
         times = np.append(times, [click.time // 1000 for click in clicks])

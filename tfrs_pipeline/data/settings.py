@@ -8,7 +8,7 @@ import zoneinfo
 from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
@@ -20,22 +20,19 @@ from tfrs_pipeline.settings import Config
 StageName: TypeAlias = Literal[
     "retrieved", "pre_ranked", "ranked", "exposed", "clicked", "disliked"
 ]
+_NOT_POSITIVE = [stage for stage in get_args(StageName) if stage != "clicked"]
 LabelWeight: TypeAlias = Annotated[float, Field(ge=schema.MIN_WEIGHT, le=schema.MAX_WEIGHT)]
 
 
 def _meaning(value: Any) -> Any:
     with contextlib.suppress(ValueError, TypeError):
-        if (
-            value in ("exposed", "disliked")
-            or schema.MIN_WEIGHT <= float(value) <= schema.MAX_WEIGHT
-        ):
+        if value in _NOT_POSITIVE or schema.MIN_WEIGHT <= float(value) <= schema.MAX_WEIGHT:
             return value
-    raise ValueError("must be the weight of a positive, a number above 0, exposed or disliked")
+    stages = ", ".join(_NOT_POSITIVE)
+    raise ValueError(f"must be the weight of a positive, a number above 0, or one of {stages}")
 
 
-EventMeaning: TypeAlias = Annotated[
-    float | Literal["exposed", "disliked"], BeforeValidator(_meaning)
-]
+EventMeaning: TypeAlias = Annotated[float | StageName, BeforeValidator(_meaning)]
 Period: TypeAlias = tuple[datetime, datetime]
 """The first moment at which an event may have happened, and the first that is too late for one."""
 
@@ -75,8 +72,8 @@ class Reading(Config):
     long_view=2. A column counts if it is true or above 0; the weights add up."""
     event_weights: dict[str, EventMeaning] = {}
     """Weights of the types of events (column event, event_type or the like), such as purchase=5
-    click=1 view=exposed report=disliked; others are dropped. A user's events of an item in one
-    visit become one (column session_id, or 30 minutes)."""
+    click=1, or their stages: view=exposed report=disliked; others are dropped. A user's events of
+    an item in one visit become one (column session_id, or 30 minutes)."""
     max_weight: LabelWeight | None = None
     """Larger weights in the column weight, such as long watch times, are clipped to this."""
     time_zone: str | None = None

@@ -111,7 +111,7 @@ def _merge_repeats(events: ibis.Table, raw: RawTable) -> ibis.Table:
         column = printable(repr(raw.source.columns.get("session_id", "session_id")))
         merges[f"visit (column {column})"] = visits.merge_visits
     elif "timestamp" in events.columns:
-        pause = visits.PAUSE // 60
+        pause = schema.PAUSE // 60
         merges[f"visit (until {pause} minutes without an event)"] = visits.merge_visits
     events = visits.number_visits(events)
     for where, merge in merges.items():

@@ -11,15 +11,19 @@ import ibis
 import ibis.expr.types as ir
 
 from tfrs_pipeline.data.histories import whole_seconds
-from tfrs_pipeline.data.schema import is_dislike, is_positive, order_keys
+from tfrs_pipeline.data.schema import (
+    LONGEST_PAUSE,
+    PAUSE,
+    Stage,
+    is_dislike,
+    is_positive,
+    order_keys,
+)
 
 STRENGTH = "_strength"
 """Column of a log of types: the weight of an event's type, before its amount multiplies it."""
 VISIT = "_visit"
 """Column of `number_visits`."""
-PAUSE = 1_800
-"""Seconds without an event that end a visit without a session: usual in web analytics."""
-_LONGEST_PAUSE = 86_400  # After this many seconds, a session's number stands for a new session.
 
 
 def number_visits(events: ibis.Table) -> ibis.Table:
@@ -35,7 +39,7 @@ def number_visits(events: ibis.Table) -> ibis.Table:
     seconds = whole_seconds(events["timestamp"])
     # Shops reuse session numbers, so a long pause begins another visit in any case.
     pause = seconds - seconds.lag().over(ibis.window(group_by=by, order_by=in_order))
-    is_new = pause > session.isnull().ifelse(PAUSE, _LONGEST_PAUSE)
+    is_new = pause > session.isnull().ifelse(PAUSE, LONGEST_PAUSE)
     events = events.mutate(_starts=is_new.fill_null(False).cast("int64"), **{VISIT: session})
     so_far = ibis.cumulative_window(group_by=by, order_by=in_order)
     number = events["_starts"].sum().over(so_far).cast("string")
@@ -69,9 +73,9 @@ def _merge(
     """Merges the events of a user on an item, with one value of `group`, into the first one.
 
     `is_mergeable` marks the events that may be merged. The first event in `order` keeps its time,
-    number, request and context, and gets stage and weight of the strongest: a positive before an
-    exposure, then the strongest type, then the largest amount of that type. Events without a value
-    of `group` are kept. Dislikes are merged among themselves alone, so that they keep their time.
+    number, request and context, and gets stage and weight of the strongest: the furthest stage,
+    then the strongest type, then the largest amount of that type. Events without a value of `group`
+    are kept. Dislikes are merged among themselves alone, so that they keep their time.
     """
     # An event of the test is never merged into one of the training.
     keys: list[Any] = [
@@ -81,9 +85,10 @@ def _merge(
     position = ibis.row_number().over(ibis.window(group_by=keys, order_by=order))
     is_merged = (position > 0) & is_mergeable & events[group].notnull()
     events = events.mutate(_is_merged=is_merged, _is_first=position == 0)
+    level = events["stage"].cases(*((stage.value, n) for n, stage in enumerate(Stage)))
     strength = [
         ~(events["_is_first"] | events["_is_merged"]),
-        ~is_positive(events),
+        ibis.desc(level),
         *(events[name].desc() for name in (STRENGTH, "weight")),
         events["event_number"],
     ]

@@ -28,7 +28,7 @@ import pydantic
 from pydantic import BeforeValidator, ConfigDict, FailFast, Field, TypeAdapter, create_model
 
 from tfrs_pipeline.data.ids import MAX_ID_CHARACTERS, NO_ID
-from tfrs_pipeline.data.schema import Stage
+from tfrs_pipeline.data.schema import MAX_WEIGHT, MIN_WEIGHT, Stage
 from tfrs_pipeline.durable import Damaged, StorageError
 from tfrs_pipeline.features.numeric import Timestamp
 from tfrs_pipeline.records.database import BUSY_SECONDS, Database, Stamp
@@ -37,16 +37,22 @@ from tfrs_pipeline.records.settings import MAX_ANSWERS, Lately
 logger = logging.getLogger(__name__)
 
 JOURNAL_FILE = "events.sqlite"
-# Types of events as clients write them -> a stage of a log.
-TYPES: Mapping[str, str] = {
+# What clients write for three stages, beside the stages themselves.
+WORDS: Mapping[str, str] = {
     "click": Stage.CLICKED,
     "view": Stage.EXPOSED,
     "dislike": Stage.DISLIKED,
-    **{stage.value: stage.value for stage in Stage},
 }
+# Types of events as clients write them -> a stage of a log.
+TYPES: Mapping[str, str] = {**WORDS, **{stage.value: stage.value for stage in Stage}}
 
 _FORMAT = 1  # Of the tables below. `user_version` says whether rows were dropped.
 # In WAL mode, readers and the writer do not wait for each other.
+# A click and a purchase of one moment have the same key: the later one goes a millisecond further.
+_BESIDE = """
+SELECT ?1, ?2 + 1, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10 FROM events
+WHERE user_id = ?1 AND type = ?4 AND time = ?2 AND item_id = ?3 AND event IS NOT ?7
+"""
 _SCHEMA = f"""
 PRAGMA journal_mode = WAL;
 CREATE TABLE IF NOT EXISTS events (
@@ -57,6 +63,9 @@ CREATE TABLE IF NOT EXISTS events (
     request_id TEXT,         -- Of the answer that it belongs to.
     event_id INTEGER,        -- A hash of the client's own.
     arrival INTEGER NOT NULL,  -- Rises with every event; orders those of one time.
+    event TEXT,              -- Its type in the model's own log; NULL if the stage says it all.
+    session_id TEXT,
+    weight REAL,             -- Of an amount, as in the log.
     PRIMARY KEY (user_id, type, time, item_id)
 ) WITHOUT ROWID;             -- A user's events of a type lie together, so reading them is fast.
 -- An index of `events` would also hold each row's key, and take twice as much.
@@ -78,7 +87,8 @@ CREATE TRIGGER IF NOT EXISTS event_deleted AFTER DELETE ON events WHEN OLD.event
     BEGIN DELETE FROM event_ids WHERE id = OLD.event_id; END;
 PRAGMA application_id = {_FORMAT};
 """
-_EVENT = "user_id, time, item_id, type, request_id, event_id"
+# Columns that files of before lack. The first write adds them; then both versions read the file.
+_LATER = {"event": "TEXT", "session_id": "TEXT", "weight": "REAL"}
 # The level of a type is its stage's position in the funnel.
 _STAGES = [stage.value for stage in Stage]
 _LEVELS = "".join(f" WHEN '{stage}' THEN {level}" for level, stage in enumerate(_STAGES))
@@ -86,18 +96,30 @@ _STAGE_OF_LEVEL = "".join(f" WHEN {level} THEN '{stage}'" for level, stage in en
 # Columns without an aggregate come from the row with the largest level. Events without a request
 # are rows of their own: no text equals a negative number. If several answers of a request have an
 # item, events belong to the last one.
-_LOG = f"""
-SELECT CAST(user_id AS {{}}), CAST(item_id AS {{}}), time, CASE max(level) {_STAGE_OF_LEVEL} END,
-    request_id, sum(rank) FROM (
+_ROWS = f"""
     SELECT served.user_id, item.value AS item_id, time, 0 AS level, request_id,
     item.key + 1 AS rank, 0 AS arrival, row_number() OVER (
         PARTITION BY served.user_id, request_id, item.value ORDER BY served.arrival DESC
-    ) AS nth_last
+    ) AS nth_last, 'retrieved' AS event, NULL AS session_id, NULL AS weight
     FROM served, json_each(served.items) AS item
     UNION ALL
-    SELECT user_id, item_id, time, CASE type {_LEVELS} END, request_id, NULL, arrival, 1 FROM events
-) GROUP BY user_id, item_id, coalesce(request_id, -time), nth_last
-ORDER BY time, user_id, arrival, request_id, 6
+    SELECT user_id, item_id, time, CASE type {_LEVELS} END, request_id, NULL, arrival, 1,
+    {{event}}, {{session_id}}, {{weight}} FROM events
+"""
+_LOG = f"""
+SELECT CAST(user_id AS {{user}}), CAST(item_id AS {{item}}), time,
+    CASE max(level) {_STAGE_OF_LEVEL} END, coalesce(weight, 1.0), request_id, sum(rank)
+FROM ({_ROWS}) GROUP BY user_id, item_id, coalesce(request_id, -time), nth_last
+ORDER BY time, user_id, arrival, request_id, 7
+"""
+# Each event is a row, whose type has a weight. The log's reader merges those of a visit.
+_TYPED_LOG = f"""
+SELECT CAST(user_id AS {{user}}), CAST(item_id AS {{item}}), time, event, session_id,
+    coalesce(weight, 1.0), request_id, rank_served FROM (
+    SELECT *, max(rank) OVER same AS rank_served, max(arrival) OVER same AS latest FROM ({_ROWS})
+    WINDOW same AS (PARTITION BY user_id, item_id, coalesce(request_id, -time), nth_last)
+) WHERE arrival > 0 OR latest = 0
+ORDER BY time, user_id, arrival, request_id, rank_served
 """
 # Models of one name may have had numbers as ids, and later text. SQLite sorts text behind numbers.
 _ID_TYPES = """
@@ -124,7 +146,16 @@ _ANSWER_SECONDS, _MAX_WAITING = 1.0, 10_000
 class Event(NamedTuple):
     """What a user did with an item: a row of `events`.
 
-    `time` is in milliseconds since 1970. `event_id` is `id_hash` of the client's own.
+    Attributes:
+        user_id: Who, an integer or text.
+        time: Milliseconds since 1970.
+        item_id: What, an integer or text.
+        type: A stage of a log.
+        request_id: Id of the answer that it belongs to.
+        event_id: `id_hash` of the client's own.
+        event: Its type in the model's own log; None if the stage says it all.
+        session_id: Id of the visit, as text.
+        weight: What multiplies the weight of its type.
     """
 
     user_id: Any
@@ -133,6 +164,9 @@ class Event(NamedTuple):
     type: str
     request_id: str | None
     event_id: int | None
+    event: str | None = None
+    session_id: str | None = None
+    weight: float | None = None
 
 
 class Answer(NamedTuple):
@@ -227,6 +261,7 @@ class Journal(Database):
     def __init__(self, folder: Path, watch: "Watch | None" = None) -> None:
         super().__init__(folder)
         self._watch = watch
+        self._read_columns: tuple[sqlite3.Connection | None, dict[str, str]] = None, {}
 
     def another(self) -> "Journal":
         """Returns another connection to the file."""
@@ -255,23 +290,26 @@ class Journal(Database):
         Returns how many events of each group were new. An event is not new if its `event_id` is
         there already, or an event of the same user, item, type and millisecond.
         """
-        insert = f"INSERT OR IGNORE INTO events ({_EVENT}, arrival) VALUES (?, ?, ?, ?, ?, ?, ?)"
+        columns = f"({', '.join(Event._fields)}, arrival)"
+        insert = f"INSERT OR IGNORE INTO events {columns} {{}}".format
         with self.writing() as connection:
             served = (
                 (request_id, user_id, answer.time, answer.version, json.dumps(_filled(items)))
                 for answer in answers
                 for request_id, user_id, items in answer.by_query()
             )
-            columns = "(request_id, user_id, time, version, items)"
-            connection.executemany(f"INSERT INTO served {columns} VALUES (?, ?, ?, ?, ?)", served)
+            of_answer = "(request_id, user_id, time, version, items)"
+            connection.executemany(f"INSERT INTO served {of_answer} VALUES (?, ?, ?, ?, ?)", served)
             # Microseconds: fewer than a million events a second arrive.
             arrivals = itertools.count(time.time_ns() // 1000)
-            return [
-                connection.executemany(
-                    insert, ((*event, next(arrivals)) for event in events)
-                ).rowcount
-                for events in groups
-            ]
+            counts = []
+            for events in groups:
+                rows = [(*event, next(arrivals)) for event in events]
+                new = connection.executemany(insert("VALUES (?,?,?,?,?,?,?,?,?,?)"), rows).rowcount
+                if new < len(rows):
+                    new += connection.executemany(insert(_BESIDE), rows).rowcount
+                counts.append(new)
+            return counts
 
     def of_users(self, user_ids: Collection[Any]) -> dict[Any, list[Event]]:
         """Reads what users clicked, were shown or disliked, by user, oldest first.
@@ -288,14 +326,15 @@ class Journal(Database):
             return {}
 
     def _of_users(self, user_ids: Collection[Any]) -> dict[Any, list[Event]]:
-        query = (
-            f"SELECT {_EVENT}, arrival FROM events WHERE user_id = ? AND type = ? "
-            "ORDER BY time DESC, arrival DESC LIMIT ?"
-        )
         read: dict[Any, list[Event]] = {}
         with self._opened() as connection:
             if connection is None:
                 return {}
+            columns = ", ".join(self._columns(connection).values())
+            query = (
+                f"SELECT {columns}, arrival FROM events WHERE user_id = ? AND type = ? "
+                "ORDER BY time DESC, arrival DESC LIMIT ?"
+            )
             for id_ in dict.fromkeys(user_ids):
                 rows: list[Any] = []
                 with contextlib.suppress(OverflowError):  # No event has an id beyond 64 bits.
@@ -305,6 +344,14 @@ class Journal(Database):
                     rows.sort(key=lambda row: (row[1], row[-1]))
                     read[id_] = [Event(*row[:-1]) for row in rows]
         return read
+
+    def _columns(self, connection: sqlite3.Connection) -> dict[str, str]:
+        """Returns SQL for the fields of an event, by name; later ones may be missing in a file."""
+        if self._read_columns[0] is not connection:  # It is another one once the tables changed.
+            missing = _missing(connection)
+            columns = {name: "NULL" if name in missing else name for name in Event._fields}
+            self._read_columns = connection, columns
+        return self._read_columns[1]
 
     def problem(self) -> str:
         """Looks at the file; returns why a server cannot read events, "" if it can."""
@@ -352,19 +399,30 @@ class Journal(Database):
                 for request_id, time_, items in rows:
                     yield (request_id, time_), json.loads(items)[:_RANKS_SEEN]
 
-    def log(self, num_rows: int) -> Iterator[list[tuple[Any, ...]]]:
+    def log(
+        self, num_rows: int, words: Mapping[str, str] | None = None
+    ) -> Iterator[list[tuple[Any, ...]]]:
         """Yields all that is recorded as rows of an event table, in blocks, ordered by time.
 
-        A row is user_id, item_id, milliseconds since 1970, stage, request_id, and rank in the
-        answer, from 1. Each item of a request has one, with its furthest stage, and when it
+        A row is user_id, item_id, milliseconds since 1970, stage, weight, request_id, and rank in
+        the answer, from 1. Each item of a request has one, with its furthest stage, and when it
         reached it. Items that were served are retrieved. If some ids are text, all are.
         Writes after the first block do not show.
+
+        With `words`, what the model's own log calls stages, each event is a row, and so is an item
+        that was served and has no event. In place of its stage it has its own type, or the word for
+        its stage, and the id of its session.
         """
         with self._opened() as connection:
             if connection is None:
                 return
-            id_types = connection.execute(_ID_TYPES).fetchone()
-            rows = connection.execute(_LOG.format(*id_types))
+            user, item = connection.execute(_ID_TYPES).fetchone()
+            columns, log = self._columns(connection), _LOG
+            if words is not None:
+                cases = "".join(f" WHEN '{stage}' THEN '{word}'" for stage, word in words.items())
+                event = f"coalesce({columns['event']}, CASE type{cases} END)"
+                columns, log = columns | {"event": event}, _TYPED_LOG
+            rows = connection.execute(log.format(user=user, item=item, **columns))
             while block := rows.fetchmany(num_rows):
                 yield block
 
@@ -388,13 +446,24 @@ class Journal(Database):
         self._rewrite()
         return counts
 
+    def has_weights(self) -> bool:
+        """Returns whether an event has a weight."""
+        with self._opened() as connection:
+            if connection is None:
+                return False
+            weight = self._columns(connection)["weight"]
+            query = f"SELECT EXISTS(SELECT 1 FROM events WHERE {weight} IS NOT NULL)"
+            return bool(connection.execute(query).fetchone()[0])
+
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """As `Database.writing`; refuses a file of another format."""
+        """As `Database.writing`; refuses a file of another format, and adds later columns."""
         with super().writing() as connection:
             (number,) = connection.execute("PRAGMA application_id").fetchone()
             if number != _FORMAT:
                 raise sqlite3.DatabaseError(f"its format is {number}, and not {_FORMAT}")
+            for name in _missing(connection):
+                connection.execute(f"ALTER TABLE events ADD COLUMN {name} {_LATER[name]}")
             yield connection
 
     def moment(self) -> int:
@@ -463,6 +532,12 @@ class Journal(Database):
             finally:
                 connection.execute(f"PRAGMA busy_timeout = {round(1000 * BUSY_SECONDS)}")
         raise StorageError(f"{self.path}-wal is being read and may hold events: delete again.")
+
+
+def _missing(connection: sqlite3.Connection) -> list[str]:
+    """Returns the columns that a file of before lacks."""
+    names = {row[1] for row in connection.execute("PRAGMA table_info(events)")}
+    return [name for name in _LATER if name not in names]
 
 
 class _Group(NamedTuple):
@@ -621,37 +696,54 @@ def _confirm(
 
 
 def check_events(
-    events: Sequence[Mapping[str, Any]], *, users_are_text: bool, items_are_text: bool
+    events: Sequence[Mapping[str, Any]],
+    *,
+    users_are_text: bool,
+    items_are_text: bool,
+    types: Mapping[str, str] | None = None,
 ) -> list[Event]:
     """Reads events as clients write them, in their order.
 
     Args:
-        events: Mappings of `user_id`, `item_id` and `type`, a key of `TYPES`. Optional are `time`
-            (a datetime with a zone, ISO 8601, or seconds since 1970; default: now), `request_id`
-            and `event_id`.
+        events: Mappings of `user_id`, `item_id` and `type`, a key of `TYPES` or `types`. Optional
+            are `time` (a datetime with a zone, ISO 8601, or seconds since 1970; default: now),
+            `request_id`, `event_id`, `session_id` (text or an integer) and `weight`.
         users_are_text: Whether user ids are `str`; else they are integers of 64 bits.
         items_are_text: The same of item ids.
+        types: The types of the model's own log -> a stage; they come before `TYPES`.
 
     Raises:
         ValueError: Names the first event that is wrong, and how.
     """
     if isinstance(events, Mapping):
         raise ValueError(f"Events come in a list, also a single one: [{dict(events)!r:.200}]")
+    own = types or {}
     try:
-        checked = _reader(users_are_text, items_are_text).validate_python(list(events))
+        checked = _reader(users_are_text, items_are_text, (*own,)).validate_python(list(events))
     except pydantic.ValidationError as error:
         problem = error.errors(include_url=False)[0]
         number, *path = problem["loc"]
         if not path:
             message = f"Event {number} must be an object, with user_id, item_id and type"
         elif problem["type"] == "extra_forbidden":
-            message = f"Event {number}: unknown {path[0]!r}; it has {', '.join(Event._fields)}"
+            known = ", ".join(name for name in Event._fields if name != "event")
+            message = f"Event {number}: unknown {path[0]!r}; it has {known}"
         else:
             message = f"Event {number}: {path[0]}: {problem['msg'].removeprefix('Value error, ')}"
         raise ValueError(f"{message}. Received: {problem['input']!r:.200}") from None
     now = time.time_ns() // 1_000_000
+    stages = {**TYPES, **own}
+    # A word that says a stage and no more is not kept: a stage is the same by each name.
+    kept = {name: name for name, stage in own.items() if WORDS.get(name) != stage}
     return [
-        Event(**{**vars(event), "time": now if event.time is None else event.time})
+        Event(
+            **{
+                **vars(event),
+                "time": now if event.time is None else event.time,
+                "type": stages[event.type],
+                "event": kept.get(event.type),
+            }
+        )
         for event in checked
     ]
 
@@ -693,10 +785,10 @@ def _milliseconds(value: Any) -> int:
     return milliseconds
 
 
-def _type(value: Any) -> str:
-    if not isinstance(value, str) or value not in TYPES:
-        raise ValueError(f"must be one of {', '.join(TYPES)}")
-    return TYPES[value]
+def _session(value: Any) -> Any:
+    value = _plain(value)
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if is_number else value
 
 
 def _id(value: Any) -> Any:
@@ -707,6 +799,9 @@ def _id(value: Any) -> Any:
 
 
 _Text: TypeAlias = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
+_Weight: TypeAlias = Annotated[
+    float, BeforeValidator(_plain), Field(strict=True, ge=MIN_WEIGHT, le=MAX_WEIGHT)
+]
 _TextId: TypeAlias = Annotated[
     str, Field(strict=True, max_length=MAX_ID_CHARACTERS), BeforeValidator(_id)
 ]
@@ -716,16 +811,25 @@ _IntegerId: TypeAlias = Annotated[
 
 
 @functools.cache
-def _reader(users_are_text: bool, items_are_text: bool) -> TypeAdapter[Any]:
+def _reader(users_are_text: bool, items_are_text: bool, types: tuple[str, ...]) -> TypeAdapter[Any]:
+    known = dict.fromkeys((*types, *TYPES))
+
+    def type_(value: Any) -> str:
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f"must be one of {', '.join(known)}")
+        return value
+
     event: Any = create_model(
         "event",
         __config__=ConfigDict(extra="forbid"),
         user_id=_TextId if users_are_text else _IntegerId,
         item_id=_TextId if items_are_text else _IntegerId,
-        type=Annotated[str, BeforeValidator(_type)],
+        type=Annotated[str, BeforeValidator(type_)],
         time=(Annotated[int, BeforeValidator(_milliseconds)] | None, None),
         request_id=(_Text | None, None),
         event_id=(Annotated[_Text, pydantic.AfterValidator(id_hash)] | None, None),
+        session_id=(Annotated[_Text, BeforeValidator(_session)] | None, None),
+        weight=(_Weight | None, None),
     )
     # Stops at the first error: a hostile list would otherwise make an error for each event.
     return TypeAdapter(Annotated[list[event], FailFast()])
