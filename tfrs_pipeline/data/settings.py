@@ -71,9 +71,9 @@ class Reading(Config):
     """Columns that make an exposed event a positive, each with its weight, such as is_click=1
     long_view=2. A column counts if it is true or above 0; the weights add up."""
     event_weights: dict[str, EventMeaning] = {}
-    """Weights or stages of the types of events (column event, event_type or the like), such as
-    purchase=5 click=1 view=exposed report=disliked; others are dropped. A user's events of an item
-    in one visit become one (column session_id, or 30 minutes)."""
+    """Weights of the types of events (column event, event_type or the like), such as purchase=5
+    click=1 view=exposed report=disliked; others are dropped. A user's events of an item in one
+    visit become one (column session_id, or 30 minutes)."""
     max_weight: LabelWeight | None = None
     """Larger weights in the column weight, such as long watch times, are clipped to this."""
     time_zone: str | None = None
