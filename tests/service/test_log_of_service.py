@@ -488,7 +488,7 @@ def test_the_command_drops_what_is_old(films: Path, tmp_path: Path, command: Any
     assert (b"secret 30" in content, b"secret 1" in content) == (False, True)
     done = command("log", films, "--drop-older-days", 10)
     assert (done.code, "dropped  0 events and 0 answers" in done.out) == (0, True)
-    for flags in ([], ["--drop-older-days", 0], ["--drop-older-days", 1e9]):
+    for flags in (["--drop-older-days", 0], ["--drop-older-days", 1e9]):
         assert command("log", films, *flags).code == 2
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tfrs_pipeline.answers.publish import MANIFEST_FILE, event_types, version_at
+from tfrs_pipeline.answers.publish import MANIFEST_FILE, version_at
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.durable import parquet_destination, read_record, replacing
-from tfrs_pipeline.records.user_events import WORDS, Journal
+from tfrs_pipeline.records.user_events import WORDS, Journal, event_types
 
 if TYPE_CHECKING:
     from tfrs_pipeline.answers.retriever import LoadedRetriever

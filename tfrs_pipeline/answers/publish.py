@@ -10,11 +10,10 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.durable import Damaged, flush, locked, naming, read_record
 from tfrs_pipeline.messages import beside
 
@@ -75,13 +74,6 @@ def version_at(path: str | Path) -> Path:
     if not versions:
         raise no_model_at(Path(path))
     return folder / str(versions[-1])
-
-
-def event_types(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the types of events with weights of a version's own log, and the stage of each."""
-    types: Mapping[str, Any] = manifest.get("reading", {}).get("event_weights", {})
-    clicked = Stage.CLICKED.value
-    return {name: what if isinstance(what, str) else clicked for name, what in types.items()}
 
 
 def keep_parts(before: Path, files: Path) -> None:

@@ -24,7 +24,7 @@ from tfrs_pipeline.features.encoding import raw_columns
 from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.records.live_items import Item, LiveItems
-from tfrs_pipeline.records.user_events import Event, Journal, check_events
+from tfrs_pipeline.records.user_events import Event, Journal, check_events, event_types
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, history_of
 from tfrs_pipeline.search.candidates import Allowed, Candidates, FilterValues
 from tfrs_pipeline.search.queries import (
@@ -282,7 +282,7 @@ class LoadedRetriever:
             events,
             users_are_text=self.stored.users.are_text,
             items_are_text=self.stored.items.are_text,
-            types=publish.event_types(self.manifest),
+            types=event_types(self.manifest),
         )
 
     def left_out(self, queries: Sequence[Query]) -> list[list[Any]]:

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tfrs_pipeline.answers.publish import event_types
 from tfrs_pipeline.answers.stored import Stored
 from tfrs_pipeline.data.schema import LONGEST_PAUSE, PAUSE, Exclude, Stage
-from tfrs_pipeline.records.user_events import Event, Journal
+from tfrs_pipeline.records.user_events import Event, Journal, event_types
 from tfrs_pipeline.search.exclusions import KNOWN_STAGES, left_out, left_out_by_history
 
 

@@ -150,11 +150,11 @@ class Audience(OfModel):
 
 
 class WriteLog(OfModel):
-    """Write what users did and were served as the log of the next training.
+    """Say what became of each version's answers, and write the log of the next training.
 
     That file is an event table, which --data.path of a run reads as it is: items that the server
     recorded as served are retrieved, those shown exposed, those clicked clicked, and those
-    disliked disliked.
+    disliked disliked. Recorded answers are counted by version, with their clicks.
     """
 
     out: ParquetPath | None = None
@@ -163,16 +163,18 @@ class WriteLog(OfModel):
     drop_older_days: float | None = Field(None, gt=0, le=36_500)
     """Delete events and answers that are older than this many days, after the file is written."""
 
-    def _problems(self) -> Iterator[tuple[str, str]]:
-        if not (self.out or self.drop_older_days):
-            yield "out", "required, or --drop-older-days N to delete old rows"
-
     def __call__(self) -> int:
-        """Writes and deletes as asked, and says how many rows."""
+        """Counts, writes and deletes as asked, and says how many rows."""
         from tfrs_pipeline.answers.log_of_service import write_log
+        from tfrs_pipeline.answers.outcomes import outcomes
         from tfrs_pipeline.records.user_events import Journal
 
         console, journal = Console(), Journal(version_at(self.model).parent)
+        by_version = outcomes(self.model)
+        for outcome in by_version:
+            say(console, str(outcome))
+        if not (by_version or self.out or self.drop_older_days):
+            say(console, "No answer is recorded: serve it with --record-share.")
         written_before = None
         if self.out is not None:
             # An old event that comes while the file is written stays for the next file.

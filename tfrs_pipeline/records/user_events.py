@@ -49,6 +49,7 @@ TYPES: Mapping[str, str] = {**WORDS, **{stage.value: stage.value for stage in St
 _FORMAT = 1  # Of the tables below. `user_version` says whether rows were dropped.
 # In WAL mode, readers and the writer do not wait for each other.
 # A click and a purchase of one moment have the same key: the later one goes a millisecond further.
+_VALUES = "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _BESIDE = """
 SELECT ?1, ?2 + 1, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10 FROM events
 WHERE user_id = ?1 AND type = ?4 AND time = ?2 AND item_id = ?3 AND event IS NOT ?7
@@ -121,6 +122,27 @@ SELECT CAST(user_id AS {{user}}), CAST(item_id AS {{item}}), time, event, sessio
 ) WHERE arrival > 0 OR latest = 0
 ORDER BY time, user_id, arrival, request_id, rank_served
 """
+# Clicks on items of answers: the version, and the rank from 1; of answers of one request and item,
+# the last one counts.
+_CLICKED = """
+SELECT version, clicked.user_id, rank FROM (
+    SELECT clicked.user_id, version, item.key + 1 AS rank, max(served.arrival)
+    FROM ({clicked}) AS clicked JOIN ({served}) AS served USING (user_id, request_id),
+        json_each(served.items) AS item
+    WHERE item.value = clicked.item_id
+    GROUP BY clicked.user_id, clicked.item_id, clicked.request_id
+) AS clicked
+"""
+_ALL_CLICKED = _CLICKED.format(
+    clicked="SELECT DISTINCT user_id, item_id, request_id FROM events "
+    f"WHERE type = '{Stage.CLICKED.value}' AND request_id IS NOT NULL",
+    served="SELECT * FROM served",
+)
+# Of a user's newest answers alone, so that no click is dear.
+_ONE_CLICKED = _CLICKED.format(
+    clicked="SELECT ?1 AS user_id, ?2 AS item_id, ?3 AS request_id",
+    served=f"SELECT * FROM served WHERE user_id = ?1 ORDER BY arrival DESC LIMIT {MAX_ANSWERS}",
+)
 # Models of one name may have had numbers as ids, and later text. SQLite sorts text behind numbers.
 _ID_TYPES = """
 SELECT typeof(coalesce(max(user_id), 0)), typeof(coalesce(max(item_id), 0)) FROM (
@@ -253,14 +275,23 @@ class Watch:
 
 
 class Journal(Database):
-    """The events of all users; see `Database` for what its methods raise."""
+    """The events of all users; see `Database` for what its methods raise.
+
+    After a write, `on_click` is called with version and rank for each new click on an item of one
+    of the user's 1,000 newest recorded answers.
+    """
 
     file_name, schema = JOURNAL_FILE, _SCHEMA
     what_is_lost = "; its events are then lost, unless `tfrs-pipeline log` wrote them to a file"
 
-    def __init__(self, folder: Path, watch: "Watch | None" = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        watch: "Watch | None" = None,
+        on_click: Callable[[int, int], object] | None = None,
+    ) -> None:
         super().__init__(folder)
-        self._watch = watch
+        self._watch, self._on_click = watch, on_click
         self._read_columns: tuple[sqlite3.Connection | None, dict[str, str]] = None, {}
 
     def another(self) -> "Journal":
@@ -302,14 +333,22 @@ class Journal(Database):
             connection.executemany(f"INSERT INTO served {of_answer} VALUES (?, ?, ?, ?, ?)", served)
             # Microseconds: fewer than a million events a second arrive.
             arrivals = itertools.count(time.time_ns() // 1000)
-            counts = []
+            counts, clicked = [], list[tuple[int, Any, int]]()
             for events in groups:
-                rows = [(*event, next(arrivals)) for event in events]
-                new = connection.executemany(insert("VALUES (?,?,?,?,?,?,?,?,?,?)"), rows).rowcount
-                if new < len(rows):
-                    new += connection.executemany(insert(_BESIDE), rows).rowcount
-                counts.append(new)
-            return counts
+                counts.append(0)
+                for event in events:
+                    row = *event, next(arrivals)
+                    is_new = connection.execute(insert(_VALUES), row).rowcount
+                    is_new = is_new or connection.execute(insert(_BESIDE), row).rowcount
+                    counts[-1] += is_new
+                    is_click = event.type == Stage.CLICKED and event.request_id is not None
+                    if is_new and is_click and self._on_click:
+                        key = event.user_id, event.item_id, event.request_id
+                        clicked += connection.execute(_ONE_CLICKED, key)
+        if self._on_click:
+            for version, _, rank in clicked:
+                self._on_click(version, rank)
+        return counts
 
     def of_users(self, user_ids: Collection[Any]) -> dict[Any, list[Event]]:
         """Reads what users clicked, were shown or disliked, by user, oldest first.
@@ -445,6 +484,17 @@ class Journal(Database):
                         counts[-1] += connection.execute(delete, ids).rowcount
         self._rewrite()
         return counts
+
+    def num_answers(self) -> list[tuple[int, Any, int]]:
+        """Counts the answers: version, user id, and how many."""
+        query = "SELECT version, user_id, count(*) FROM served GROUP BY version, user_id"
+        with self._opened() as connection:
+            return connection.execute(query).fetchall() if connection else []
+
+    def clicks_of_answers(self) -> list[tuple[int, Any, int]]:
+        """Returns version, user id and rank, from 1, of each clicked item of each answer."""
+        with self._opened() as connection:
+            return connection.execute(_ALL_CLICKED).fetchall() if connection else []
 
     def has_weights(self) -> bool:
         """Returns whether an event has a weight."""
@@ -693,6 +743,13 @@ def _confirm(
     for entry, count in zip(entries, counts, strict=True):
         entry.done.set_result(count)
     return None
+
+
+def event_types(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the types of events with weights of a version's own log, and the stage of each."""
+    types: Mapping[str, Any] = manifest.get("reading", {}).get("event_weights", {})
+    clicked = Stage.CLICKED.value
+    return {name: what if isinstance(what, str) else clicked for name, what in types.items()}
 
 
 def check_events(

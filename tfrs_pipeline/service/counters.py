@@ -7,7 +7,7 @@ time series for each value.
 from collections.abc import Mapping
 
 import numpy as np
-from prometheus_client import Counter
+from prometheus_client import Counter, Histogram
 
 ANSWERS = Counter("tfrs_answers", "Queries answered, and items embedded.", ["version"])
 USER_IDS = Counter("tfrs_user_ids", "User ids in queries.", ["known"])
@@ -16,6 +16,13 @@ SLOTS = Counter("tfrs_slots", "Slots of answers: the k of each query.", ["filled
 FILTERED_QUERIES = Counter("tfrs_filtered_queries", "Queries with a filter.", ["empty"])
 EVENTS = Counter("tfrs_events", "Events that were sent.", ["type", "outcome"])
 WITHOUT_EVENTS = Counter("tfrs_answers_without_events", "Queries while no events could be read.")
+RECORDED = Counter("tfrs_recorded_answers", "Answers that were recorded.", ["version"])
+CLICK_RANK = Histogram(
+    "tfrs_click_rank",
+    "Rank in a recorded answer of each click on it.",
+    ["version"],
+    buckets=(1, 2, 3, 5, 10, 20, 50, 100),
+)
 UNRECORDED = Counter("tfrs_unrecorded_answers", "Answers that could not be recorded.")
 LIVE_UNKNOWN_VALUES = Counter("tfrs_live_unknown_values", "Unknown values of live items.")
 
@@ -36,6 +43,11 @@ def count_answers(
     if "allowed" in inputs:
         is_filtered = (inputs["allowed"] != "").any(axis=1)
         _count(FILTERED_QUERIES, _num(is_filtered & ~is_filled[:, 0]), _num(is_filtered))
+
+
+def count_click(version: int, rank: int) -> None:
+    """Counts a click on an item of a recorded answer."""
+    CLICK_RANK.labels(version).observe(rank)
 
 
 def _count(counter: Counter, num_true: int, num: int) -> None:

@@ -46,9 +46,11 @@ from tfrs_pipeline.service import page, rest
 from tfrs_pipeline.service.counters import (
     EVENTS,
     LIVE_UNKNOWN_VALUES,
+    RECORDED,
     UNRECORDED,
     WITHOUT_EVENTS,
     count_answers,
+    count_click,
 )
 from tfrs_pipeline.service.request_metrics import CountRequests
 from tfrs_pipeline.service.settings import ServeSettings, listening, read_token
@@ -81,7 +83,8 @@ class ModelServer:
         self.watch = Watch()
         # What users did, for queries; the recorder has connections of its own.
         self.journal = Journal(self.versions.folder, self.watch)
-        self.recorder = Recorder(self.journal.another(), UNRECORDED.inc)
+        recorded = Journal(self.versions.folder, self.watch, count_click)
+        self.recorder = Recorder(recorded, UNRECORDED.inc)
         # One thread, so writes are done one after the other. It may wait for another process.
         self.writes = ThreadPoolExecutor(1, "writes")
         answers, hours = settings.exclude_served_answers, settings.exclude_served_hours
@@ -197,7 +200,10 @@ class ModelServer:
         """Records what was served, for a share of the requests; the answer does not wait for it."""
         if random.random() < self.settings.record_share:
             milliseconds = time.time_ns() // 1_000_000
-            if not self.recorder.keep(Answer(request_id, milliseconds, number, users, items)):
+            answer = Answer(request_id, milliseconds, number, users, items)
+            if self.recorder.keep(answer):
+                RECORDED.labels(number).inc(sum(1 for _ in answer.by_query()))
+            else:
                 UNRECORDED.inc()
 
     async def items(self, request: Request) -> Response:
