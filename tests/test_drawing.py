@@ -1,6 +1,7 @@
 """The style of figures: names in their colours, text that stays text, what they take."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
@@ -44,6 +45,15 @@ def test_a_figure_is_text_with_a_label_that_any_page_can_hold() -> None:
     assert ids
     other = style.finish(style.new_figure(4, 3)[0], "Other")
     assert not ids & set(re.findall(r'\bid="(.*?)"', other.svg))
+
+
+def test_a_figure_is_saved_as_svg(tmp_path: Path) -> None:
+    drawing = draw()
+    drawing.save(tmp_path / "two.svg")
+    assert (tmp_path / "two.svg").read_text(encoding="utf-8") == drawing.svg
+    with pytest.raises(ValueError, match=r"give a path NAME.svg. Received: .*two.png"):
+        drawing.save(tmp_path / "two.png")
+    assert not (tmp_path / "two.png").exists()
 
 
 def test_figures_take_results_as_they_are() -> None:

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -35,6 +36,12 @@ class Drawing:
 
     label: str
     svg: str = field(repr=False)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the figure as an SVG file; an earlier one is replaced."""
+        if Path(path).suffix.lower() != ".svg":
+            raise ValueError(f"A drawing is saved as SVG: give a path NAME.svg. Received: {path}")
+        Path(path).write_text(self.svg, encoding="utf-8")
 
     def _repr_svg_(self) -> str:
         return self.svg

@@ -263,6 +263,20 @@ def test_a_filter_takes_numbers_and_booleans_as_the_items_have_them() -> None:
             assert chosen[codes].tolist() == [True, False, True]
 
 
+def test_a_text_of_several_values_chooses_each_as_the_item_table_has_them() -> None:
+    values = FilterValues(["Sport", "Yoga", "R|B"], "|")
+    for asked, codes in (
+        (["Sport|Yoga"], [1, 2]),
+        (["Yoga | Golf|"], [2]),
+        (["R|B"], [3]),  # A value of its own.
+        (["Sport;Yoga"], []),
+        (["|"], []),
+    ):
+        chosen = values.choose(asked)
+        assert chosen is not None
+        assert np.flatnonzero(chosen).tolist() == codes
+
+
 def test_values_that_come_while_a_filter_is_read() -> None:
     values = FilterValues()
     values.encode(COLOURS)

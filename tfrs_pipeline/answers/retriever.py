@@ -19,9 +19,9 @@ from tfrs_pipeline.answers.signatures import (
 )
 from tfrs_pipeline.answers.stored import read_array
 from tfrs_pipeline.answers.users import Users
+from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.features.encoding import raw_columns
-from tfrs_pipeline.features.raw import to_text
 from tfrs_pipeline.messages import suggest
 from tfrs_pipeline.records.live_items import Item, LiveItems
 from tfrs_pipeline.records.user_events import Event, Journal, check_events, event_types
@@ -121,7 +121,8 @@ class LoadedRetriever:
         values, codes = None, None
         if self.item_filter is not None:
             # Read, not encoded: Arrow would import pandas, where it is installed, for a second.
-            values = FilterValues(self.item_filter["values"])
+            reading = Reading(**self.manifest.get("reading", {}))
+            values = FilterValues(self.item_filter["values"], reading.list_separator)
             codes = read_array(self.folder / publish.SERVICE_FOLDER, publish.FILTER_CODES)
         widths = [Level(**level) for level in levels]
         ids = items["item_id"].to_pylist()
@@ -385,12 +386,12 @@ class LoadedRetriever:
             raise ValueError("This model has no item filter: export it with filter_by.")
         retrieval.check_one_each("allowed", allowed, len(queries))
         assert self.candidates.values is not None
-        known = self.candidates.values.code_of
+        values = self.candidates.values
         # Here a misspelt value is an error. Over HTTP it finds nothing, because a client may be
         # ahead of the items.
-        for value in itertools.chain.from_iterable(allowed):
-            if to_text(value) not in known:
-                hint = suggest(str(value), known)
+        for value in itertools.chain.from_iterable(map(values.split, itertools.chain(*allowed))):
+            if value not in values.code_of:
+                hint = suggest(value, values.code_of)
                 raise ValueError(f"No item has {value!r} as its {self.item_filter['name']}; {hint}")
 
 

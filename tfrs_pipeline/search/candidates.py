@@ -5,7 +5,9 @@ yet, and then makes a new view. Each search keeps the view that it began with.
 """
 
 import bisect
+import itertools
 import logging
+import string
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,10 +36,12 @@ class FilterValues:
     """The values by which requests may choose candidates.
 
     They have the codes 1, 2, ... in the order of `values`, and then of those that `encode` sees.
+    `separator` stands between the values of an item in one text, as in the item table.
     """
 
-    def __init__(self, values: Iterable[str] = ()) -> None:
+    def __init__(self, values: Iterable[str] = (), separator: str = "|") -> None:
         self.code_of = {value: code for code, value in enumerate(values, 1)}
+        self._separator = separator
 
     def encode(self, column: Any) -> np.ndarray:
         """Returns the codes of new rows' values, [n, any] int32 padded with 0; learns new ones."""
@@ -52,10 +56,19 @@ class FilterValues:
         rows[is_filled] = np.array(distinct, np.int32)[encoded.indices.to_numpy()]
         return rows
 
+    def split(self, value: Any) -> list[str]:
+        """Returns the values that a text holds, as the item table writes those of an item."""
+        text = to_text(value)
+        if text in self.code_of:
+            return [text]
+        parts = (part.strip(string.whitespace) for part in text.split(self._separator))
+        return [part for part in parts if part]
+
     def choose(self, values: Iterable[Any]) -> np.ndarray | None:
         """Returns which codes are of one of the values: [num_codes + 1] bool.
 
-        Returns None, which allows all candidates, if there are no values.
+        A text of several values counts as these. Returns None, which allows all candidates, if
+        there are no values.
 
         Example:
             >>> genres = FilterValues()
@@ -67,7 +80,8 @@ class FilterValues:
         wanted = [value for value in values if value != ""]
         if not wanted:
             return None
-        codes = [self.code_of.get(to_text(value), 0) for value in wanted]
+        parts = itertools.chain.from_iterable(map(self.split, wanted))
+        codes = [self.code_of.get(part, 0) for part in parts]
         # Made after the codes are looked up, because another thread may add values meanwhile.
         is_chosen = np.zeros(len(self.code_of) + 1, bool)
         is_chosen[codes] = True
