@@ -23,6 +23,7 @@ from tfrs_pipeline.messages import beside
 from tfrs_pipeline.settings import ConfigError
 
 CONFIG_FILE, METRICS_FILE, COMPARISON_FILE = "config.toml", "metrics.json", "comparison.json"
+STEPS_FILE = "steps.json"  # What differs from run to run: when, how long, and what steps said.
 DATA, SPLIT_FILE, SAMPLES = "data", "data/split.parquet", "samples"
 CURVES_FILE, RACE_FILE = "curves.json", "race.json"
 CHECKPOINTS, PLANS_FOLDER = "checkpoints", "plans"
@@ -80,7 +81,11 @@ class RunFolder:
 
     def metrics(self) -> dict[str, Any] | None:
         """Reads the metrics of a finished run; None if it is not finished."""
-        return durable.read_whole(self.metrics_file)
+        metrics = durable.read_whole(self.metrics_file)
+        return None if metrics is None else {**self._steps(), **metrics}
+
+    def _steps(self) -> dict[str, Any]:
+        return durable.read_whole(self.path / STEPS_FILE) or {}
 
     def results(self) -> dict[str, Any]:
         """Reads the metrics of a finished run; refuses (`ValueError`) any other folder."""
@@ -93,7 +98,7 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} holds no finished run: it has no {METRICS_FILE}.{remedy}"
             )
-        return durable.read_record(self.metrics_file)
+        return {**self._steps(), **durable.read_record(self.metrics_file)}
 
     def trained_by(self) -> list[str]:
         """Identifies the training of the run's model by hashes of its epochs' records."""

@@ -25,7 +25,7 @@ from tfrs_pipeline.model.distribution import chief_first, on_chief, training_str
 from tfrs_pipeline.model.fitted_model import excluding
 from tfrs_pipeline.model.sums import Model
 from tfrs_pipeline.run.data import RunData, data_steps
-from tfrs_pipeline.run.folder import CHECKPOINTS, METRICS_FILE, RunFolder, name_of_log
+from tfrs_pipeline.run.folder import CHECKPOINTS, METRICS_FILE, STEPS_FILE, RunFolder, name_of_log
 from tfrs_pipeline.run.gate import pass_gate
 from tfrs_pipeline.run.measure import MeasuredBaselines, examples_of, measure, measure_baselines
 from tfrs_pipeline.run.plans import ensemble_of, models_of, resolve_settings
@@ -128,10 +128,9 @@ def _write_metrics(
     race: dict[str, Any] | None = None,
     **models: Model,
 ) -> dict[str, Any]:
-    """Writes metrics.json, which marks a finished run."""
+    """Writes steps.json and metrics.json, which marks a finished run."""
     metrics = {
         "dataset": run.config.model_name,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "split": samples.split.report(),
         **measured.summary(),
         "training": {
@@ -152,12 +151,16 @@ def _write_metrics(
         "false_negatives": {
             pool: {**asdict(x), "words": str(x)} for pool, x in samples.false_negatives.items()
         },
-        # Of the steps before this one, which has not ended.
-        "notes": {report.name: report.notes for report in run.reports[:-1]},
-        "seconds": {report.name: report.seconds for report in run.reports[:-1]},
     }
+    done = run.reports[:-1]  # The steps before this one, which has not ended.
+    steps = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "notes": {report.name: report.notes for report in done},
+        "seconds": {report.name: report.seconds for report in done},
+    }
+    write_record(run.folder.path / STEPS_FILE, steps)
     write_record(run.folder.metrics_file, metrics)
-    return metrics
+    return {**steps, **metrics}
 
 
 def _describe_training(model: Model) -> dict[str, Any]:
