@@ -14,7 +14,8 @@ from tests.damage import largest_file
 from tests.service.running_server import PREDICT, Running, retrieve_user, send, until
 from tests.service.test_user_events import event
 from tfrs_pipeline.durable import Damaged, StorageError
-from tfrs_pipeline.records.user_events import JOURNAL_FILE, Event, Journal, Watch
+from tfrs_pipeline.records.journal import JOURNAL_FILE, Journal, Watch
+from tfrs_pipeline.records.user_events import Event
 
 
 def ask(running: Running, user: int = 102, k: int = 5) -> tuple[list[int], str | None]:

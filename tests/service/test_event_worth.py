@@ -17,7 +17,8 @@ from tests.service.test_log_of_service import answer
 from tfrs_pipeline import Log, Reading, load, write_log
 from tfrs_pipeline.answers.publish import MANIFEST_FILE
 from tfrs_pipeline.durable import write_record
-from tfrs_pipeline.records.user_events import Event, Journal, check_events
+from tfrs_pipeline.records.journal import Journal
+from tfrs_pipeline.records.user_events import Event, check_events
 
 TYPES: dict[str, Any] = {
     "purchase": 5,

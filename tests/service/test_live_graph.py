@@ -17,7 +17,8 @@ from tfrs_pipeline.answers import live_graph
 from tfrs_pipeline.answers.retriever import LoadedRetriever, load
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.exports.export import export
-from tfrs_pipeline.records.user_events import Journal, check_events
+from tfrs_pipeline.records.journal import Journal
+from tfrs_pipeline.records.user_events import check_events
 from tfrs_pipeline.search.history_bonus import HistoryBonus, NeighbourBonus
 from tfrs_pipeline.search.item_graph import KINDS, ItemGraph
 from tfrs_pipeline.search.settings import Exact

@@ -23,8 +23,8 @@ from tfrs_pipeline.exports import export as export_module
 from tfrs_pipeline.features.numeric import Numeric, Timestamp
 from tfrs_pipeline.messages import StepReport
 from tfrs_pipeline.records import live_items
+from tfrs_pipeline.records.journal import JOURNAL_FILE
 from tfrs_pipeline.records.live_items import STORE_FILE, Store, _check_kind, _plain
-from tfrs_pipeline.records.user_events import JOURNAL_FILE
 from tfrs_pipeline.search import candidates as candidates_module
 
 ITEMS = "/v1/models/films/items"

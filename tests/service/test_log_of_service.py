@@ -28,9 +28,12 @@ from tests.service.test_user_events import event
 from tfrs_pipeline import ConfigError, Log, Reading, load, write_log
 from tfrs_pipeline.answers import log_of_service
 from tfrs_pipeline.durable import StorageError
-from tfrs_pipeline.records import user_events
+from tfrs_pipeline.records import journal as journal_module
+from tfrs_pipeline.records import recorder as recorder_module
+from tfrs_pipeline.records.journal import JOURNAL_FILE, Journal
+from tfrs_pipeline.records.recorder import Recorder
 from tfrs_pipeline.records.settings import Lately
-from tfrs_pipeline.records.user_events import JOURNAL_FILE, Answer, Event, Journal, Recorder
+from tfrs_pipeline.records.user_events import Answer, Event
 from tfrs_pipeline.service import server as server_module
 from tfrs_pipeline.service.settings import ServeSettings
 
@@ -70,14 +73,14 @@ def test_an_answer_is_kept_as_it_was_served(tmp_path: Path) -> None:
 def test_answers_wait_for_others_and_never_for_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(user_events, "_ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(recorder_module, "_ANSWER_SECONDS", 0.2)
     recorder = Recorder(Journal(tmp_path))
     for n in range(20):
         assert recorder.keep(answer(f"a{n}", [n], [[1]]))
     assert not (tmp_path / JOURNAL_FILE).exists()
     until(lambda: (tmp_path / JOURNAL_FILE).exists() and len(served(Journal(tmp_path))) == 20)
     # An event takes them along; a stop writes what is left.
-    monkeypatch.setattr(user_events, "_ANSWER_SECONDS", 60.0)
+    monkeypatch.setattr(recorder_module, "_ANSWER_SECONDS", 60.0)
     recorder.keep(answer("b", [1], [[1]]))
     assert recorder.submit([Event(1, 1, 1, "clicked", None, None)]).result(5) == 1
     assert len(served(Journal(tmp_path))) == 21
@@ -89,7 +92,7 @@ def test_answers_wait_for_others_and_never_for_the_disk(
     assert len(served(Journal(tmp_path))) == 22
     # Too many for the disk are dropped, and a full disk drops them too.
     recorder = Recorder(Journal(tmp_path))
-    monkeypatch.setattr(user_events, "_MAX_WAITING", 0)
+    monkeypatch.setattr(recorder_module, "_MAX_WAITING", 0)
     assert not recorder.keep(answer("d", [1], [[1]]))
     monkeypatch.undo()
     monkeypatch.setattr(Journal, "write", lambda *_: (_ for _ in ()).throw(StorageError("full")))
@@ -298,14 +301,14 @@ def test_what_is_left_out_has_a_bound_known_before(tmp_path: Path) -> None:
 def test_reading_stops_and_a_user_is_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    journal, parsed, real = Journal(tmp_path), list[int](), user_events.json.loads
+    journal, parsed, real = Journal(tmp_path), list[int](), journal_module.json.loads
     journal.write([], [answer(f"{n}", [7], [[*range(1600)]], n) for n in range(100)])
 
     def loads(text: str) -> Any:
         parsed.append(1)
         return real(text)
 
-    monkeypatch.setattr(user_events.json, "loads", loads)
+    monkeypatch.setattr(journal_module.json, "loads", loads)
     recorder = Recorder(journal)
     served = recorder.served_lately([7] * 10, Lately(answers=1000), 2000)
     assert served == [[*range(100)]] * 10
@@ -402,7 +405,7 @@ def test_clicks_of_a_millisecond_keep_their_order(films: Path, tmp_path: Path) -
 def test_views_push_out_no_click_and_no_dislike(
     films: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(user_events, "_MAX_EVENTS", 10)
+    monkeypatch.setattr(journal_module, "_MAX_EVENTS", 10)
     retriever, start = load(films), time.time() - 10**6
     types = {0: "dislike", 1: "click"}
     retriever.record(

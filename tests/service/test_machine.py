@@ -44,8 +44,9 @@ from tests.service.world import Served as Answer
 from tfrs_pipeline import Exact, LoadedRetriever, Scann, export, load, refresh_index
 from tfrs_pipeline.answers.publish import MANIFEST_FILE, SAVED_MODEL_PARTS
 from tfrs_pipeline.durable import read_record, write_record
+from tfrs_pipeline.records.journal import JOURNAL_FILE
 from tfrs_pipeline.records.live_items import STORE_FILE
-from tfrs_pipeline.records.user_events import JOURNAL_FILE, TYPES
+from tfrs_pipeline.records.user_events import TYPES
 from tfrs_pipeline.samples.store import RowLists
 from tfrs_pipeline.search.history_bonus import HistoryBonus, RepeatBonus
 
@@ -172,7 +173,7 @@ class Machine(RuleBasedStateMachine):
     def start(self, kind: str, waits: bool) -> None:
         # Answers are written at once, or only with the next events.
         seconds = 1e9 if waits else 0.0
-        self.patch.setattr("tfrs_pipeline.records.user_events._ANSWER_SECONDS", seconds)
+        self.patch.setattr("tfrs_pipeline.records.recorder._ANSWER_SECONDS", seconds)
         self.waits = waits
         self._publish(kind, 0)
         self._serve()

@@ -11,7 +11,8 @@ import pytest
 from tests.service.running_server import PREDICT, Running, retrieve_user, send, until
 from tests.service.test_user_events import event
 from tfrs_pipeline.answers.outcomes import outcomes
-from tfrs_pipeline.records.user_events import Answer, Event, Journal
+from tfrs_pipeline.records.journal import Journal
+from tfrs_pipeline.records.user_events import Answer, Event
 
 
 def traffic(num_users: int = 300) -> tuple[list[Answer], list[Event]]:

@@ -15,7 +15,8 @@ from tfrs_pipeline.answers.recommend import recommend
 from tfrs_pipeline.answers.retriever import LoadedRetriever, load
 from tfrs_pipeline.durable import InUse, locked
 from tfrs_pipeline.messages import Progress
-from tfrs_pipeline.records.user_events import Event, Journal
+from tfrs_pipeline.records.journal import Journal
+from tfrs_pipeline.records.user_events import Event
 
 
 def rows(path: Path) -> dict[Any, list[tuple[Any, float]]]:

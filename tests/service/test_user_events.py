@@ -23,18 +23,11 @@ from tfrs_pipeline.answers.publish import MANIFEST_FILE
 from tfrs_pipeline.answers.retriever import LoadedRetriever, load
 from tfrs_pipeline.durable import Damaged, StorageError, read_record, write_record
 from tfrs_pipeline.exports import export as export_module
+from tfrs_pipeline.records.journal import JOURNAL_FILE, Journal
 from tfrs_pipeline.records.live_items import _plain
+from tfrs_pipeline.records.recorder import Recorder
 from tfrs_pipeline.records.settings import Lately
-from tfrs_pipeline.records.user_events import (
-    JOURNAL_FILE,
-    TYPES,
-    Answer,
-    Event,
-    Journal,
-    Recorder,
-    check_events,
-    id_hash,
-)
+from tfrs_pipeline.records.user_events import TYPES, Answer, Event, check_events, id_hash
 from tfrs_pipeline.search.settings import Exact
 
 pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
@@ -271,7 +264,7 @@ def test_a_deletion_beside_a_long_read_lets_others_write(
         threading.Event().wait(seconds)
 
     Journal(tmp_path).write([[Event(n, n, 7, "clicked", None, None) for n in range(9)]])
-    monkeypatch.setattr("tfrs_pipeline.records.user_events.time.sleep", pause)
+    monkeypatch.setattr("tfrs_pipeline.records.journal.time.sleep", pause)
     monkeypatch.setattr("tfrs_pipeline.records.database.BUSY_SECONDS", 1)
     with ThreadPoolExecutor() as threads:
         read = Journal(tmp_path).log(2)
@@ -282,7 +275,7 @@ def test_a_deletion_beside_a_long_read_lets_others_write(
         assert not deletion.done()
         assert len([*read]) == 4
         assert deletion.result(5) == [1]
-    monkeypatch.setattr("tfrs_pipeline.records.user_events._MAX_CUTS", 2)
+    monkeypatch.setattr("tfrs_pipeline.records.journal._MAX_CUTS", 2)
     read = Journal(tmp_path).log(2)
     next(read)
     with pytest.raises(StorageError, match="is being read and may hold events: delete again"):

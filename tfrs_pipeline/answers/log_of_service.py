@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from tfrs_pipeline.answers.publish import MANIFEST_FILE, version_at
 from tfrs_pipeline.data.schema import Stage
 from tfrs_pipeline.durable import parquet_destination, read_record, replacing
-from tfrs_pipeline.records.user_events import WORDS, Journal, event_types
+from tfrs_pipeline.records.journal import Journal
+from tfrs_pipeline.records.user_events import WORDS, event_types
 
 if TYPE_CHECKING:
     from tfrs_pipeline.answers.retriever import LoadedRetriever

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tfrs_pipeline.answers.publish import version_at
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.messages import counted
-from tfrs_pipeline.records.user_events import Journal
+from tfrs_pipeline.records.journal import Journal
 
 if TYPE_CHECKING:
     from tfrs_pipeline.answers.retriever import LoadedRetriever

@@ -23,8 +23,9 @@ from tfrs_pipeline.data.settings import Reading
 from tfrs_pipeline.durable import Damaged, read_record
 from tfrs_pipeline.features.encoding import raw_columns
 from tfrs_pipeline.messages import suggest
+from tfrs_pipeline.records.journal import Journal
 from tfrs_pipeline.records.live_items import Item, LiveItems
-from tfrs_pipeline.records.user_events import Event, Journal, check_events, event_types
+from tfrs_pipeline.records.user_events import Event, check_events, event_types
 from tfrs_pipeline.retrieval import Excluded, Query, Retrieved, history_of
 from tfrs_pipeline.search.candidates import Allowed, Candidates, FilterValues
 from tfrs_pipeline.search.queries import (

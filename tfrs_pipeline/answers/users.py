@@ -11,7 +11,8 @@ import numpy as np
 
 from tfrs_pipeline.answers.stored import Stored
 from tfrs_pipeline.data.schema import LONGEST_PAUSE, PAUSE, Exclude, Stage
-from tfrs_pipeline.records.user_events import Event, Journal, event_types
+from tfrs_pipeline.records.journal import Journal
+from tfrs_pipeline.records.user_events import Event, event_types
 from tfrs_pipeline.search.exclusions import KNOWN_STAGES, left_out, left_out_by_history
 
 

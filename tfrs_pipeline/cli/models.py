@@ -167,7 +167,7 @@ class WriteLog(OfModel):
         """Counts, writes and deletes as asked, and says how many rows."""
         from tfrs_pipeline.answers.log_of_service import write_log
         from tfrs_pipeline.answers.outcomes import outcomes
-        from tfrs_pipeline.records.user_events import Journal
+        from tfrs_pipeline.records.journal import Journal
 
         console, journal = Console(), Journal(version_at(self.model).parent)
         by_version = outcomes(self.model)

@@ -1,26 +1,11 @@
-"""What users did in service, and what they were served: an SQLite file beside a model's versions.
+"""What users did, and what they were served: how clients write it, and how it is kept."""
 
-It belongs to the model's name. Every version reads it, and takes the events after the end of the
-log that it was trained on.
-"""
-
-import contextlib
 import functools
 import hashlib
-import itertools
-import json
-import logging
-import math
-import queue
-import sqlite3
 import string
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -29,14 +14,8 @@ from pydantic import BeforeValidator, ConfigDict, FailFast, Field, TypeAdapter, 
 
 from tfrs_pipeline.data.ids import MAX_ID_CHARACTERS, NO_ID
 from tfrs_pipeline.data.schema import MAX_WEIGHT, MIN_WEIGHT, Stage
-from tfrs_pipeline.durable import Damaged, StorageError
 from tfrs_pipeline.features.numeric import Timestamp
-from tfrs_pipeline.records.database import BUSY_SECONDS, Database, Stamp
-from tfrs_pipeline.records.settings import MAX_ANSWERS, Lately
 
-logger = logging.getLogger(__name__)
-
-JOURNAL_FILE = "events.sqlite"
 # What clients write for three stages, beside the stages themselves.
 WORDS: Mapping[str, str] = {
     "click": Stage.CLICKED,
@@ -45,124 +24,7 @@ WORDS: Mapping[str, str] = {
 }
 # Types of events as clients write them -> a stage of a log.
 TYPES: Mapping[str, str] = {**WORDS, **{stage.value: stage.value for stage in Stage}}
-
-_FORMAT = 1  # Of the tables below. `user_version` says whether rows were dropped.
-# In WAL mode, readers and the writer do not wait for each other.
-# A click and a purchase of one moment have the same key: the later one goes a millisecond further.
-_VALUES = "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_BESIDE = """
-SELECT ?1, ?2 + 1, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10 FROM events
-WHERE user_id = ?1 AND type = ?4 AND time = ?2 AND item_id = ?3 AND event IS NOT ?7
-"""
-_SCHEMA = f"""
-PRAGMA journal_mode = WAL;
-CREATE TABLE IF NOT EXISTS events (
-    user_id NOT NULL,        -- INTEGER or TEXT; without a type, 7 and '7' differ.
-    type TEXT NOT NULL,      -- A stage of a log.
-    time INTEGER NOT NULL,   -- Milliseconds since 1970, exact.
-    item_id NOT NULL,
-    request_id TEXT,         -- Of the answer that it belongs to.
-    event_id INTEGER,        -- A hash of the client's own.
-    arrival INTEGER NOT NULL,  -- Rises with every event; orders those of one time.
-    event TEXT,              -- Its type in the model's own log; NULL if the stage says it all.
-    session_id TEXT,
-    weight REAL,             -- Of an amount, as in the log.
-    PRIMARY KEY (user_id, type, time, item_id)
-) WITHOUT ROWID;             -- A user's events of a type lie together, so reading them is fast.
--- An index of `events` would also hold each row's key, and take twice as much.
-CREATE TABLE IF NOT EXISTS event_ids (id INTEGER PRIMARY KEY);
-CREATE TABLE IF NOT EXISTS served (
-    arrival INTEGER PRIMARY KEY,  -- Rises with every answer, whatever the clock does.
-    request_id TEXT NOT NULL,     -- Several answers may have the same: a client chooses it.
-    user_id NOT NULL,
-    time INTEGER NOT NULL,
-    version INTEGER NOT NULL,  -- That answered.
-    items TEXT NOT NULL        -- JSON: the ids, best first.
-);
-CREATE INDEX IF NOT EXISTS served_by_user ON served (user_id);
-CREATE TRIGGER IF NOT EXISTS event_known BEFORE INSERT ON events
-    WHEN NEW.event_id IN (SELECT id FROM event_ids) BEGIN SELECT RAISE(IGNORE); END;
-CREATE TRIGGER IF NOT EXISTS event_added AFTER INSERT ON events WHEN NEW.event_id IS NOT NULL
-    BEGIN INSERT INTO event_ids VALUES (NEW.event_id); END;
-CREATE TRIGGER IF NOT EXISTS event_deleted AFTER DELETE ON events WHEN OLD.event_id IS NOT NULL
-    BEGIN DELETE FROM event_ids WHERE id = OLD.event_id; END;
-PRAGMA application_id = {_FORMAT};
-"""
-# Columns that files of before lack. The first write adds them; then both versions read the file.
-_LATER = {"event": "TEXT", "session_id": "TEXT", "weight": "REAL"}
-# The level of a type is its stage's position in the funnel.
-_STAGES = [stage.value for stage in Stage]
-_LEVELS = "".join(f" WHEN '{stage}' THEN {level}" for level, stage in enumerate(_STAGES))
-_STAGE_OF_LEVEL = "".join(f" WHEN {level} THEN '{stage}'" for level, stage in enumerate(_STAGES))
-# Columns without an aggregate come from the row with the largest level. Events without a request
-# are rows of their own: no text equals a negative number. If several answers of a request have an
-# item, events belong to the last one.
-_ROWS = f"""
-    SELECT served.user_id, item.value AS item_id, time, 0 AS level, request_id,
-    item.key + 1 AS rank, 0 AS arrival, row_number() OVER (
-        PARTITION BY served.user_id, request_id, item.value ORDER BY served.arrival DESC
-    ) AS nth_last, 'retrieved' AS event, NULL AS session_id, NULL AS weight
-    FROM served, json_each(served.items) AS item
-    UNION ALL
-    SELECT user_id, item_id, time, CASE type {_LEVELS} END, request_id, NULL, arrival, 1,
-    {{event}}, {{session_id}}, {{weight}} FROM events
-"""
-_LOG = f"""
-SELECT CAST(user_id AS {{user}}), CAST(item_id AS {{item}}), time,
-    CASE max(level) {_STAGE_OF_LEVEL} END, coalesce(weight, 1.0), request_id, sum(rank)
-FROM ({_ROWS}) GROUP BY user_id, item_id, coalesce(request_id, -time), nth_last
-ORDER BY time, user_id, arrival, request_id, 7
-"""
-# Each event is a row, whose type has a weight. The log's reader merges those of a visit.
-_TYPED_LOG = f"""
-SELECT CAST(user_id AS {{user}}), CAST(item_id AS {{item}}), time, event, session_id,
-    coalesce(weight, 1.0), request_id, rank_served FROM (
-    SELECT *, max(rank) OVER same AS rank_served, max(arrival) OVER same AS latest FROM ({_ROWS})
-    WINDOW same AS (PARTITION BY user_id, item_id, coalesce(request_id, -time), nth_last)
-) WHERE arrival > 0 OR latest = 0
-ORDER BY time, user_id, arrival, request_id, rank_served
-"""
-# Clicks on items of answers: the version, and the rank from 1; of answers of one request and item,
-# the last one counts.
-_CLICKED = """
-SELECT version, clicked.user_id, rank FROM (
-    SELECT clicked.user_id, version, item.key + 1 AS rank, max(served.arrival)
-    FROM ({clicked}) AS clicked JOIN ({served}) AS served USING (user_id, request_id),
-        json_each(served.items) AS item
-    WHERE item.value = clicked.item_id
-    GROUP BY clicked.user_id, clicked.item_id, clicked.request_id
-) AS clicked
-"""
-_ALL_CLICKED = _CLICKED.format(
-    clicked="SELECT DISTINCT user_id, item_id, request_id FROM events "
-    f"WHERE type = '{Stage.CLICKED.value}' AND request_id IS NOT NULL",
-    served="SELECT * FROM served",
-)
-# Of a user's newest answers alone, so that no click is dear.
-_ONE_CLICKED = _CLICKED.format(
-    clicked="SELECT ?1 AS user_id, ?2 AS item_id, ?3 AS request_id",
-    served=f"SELECT * FROM served WHERE user_id = ?1 ORDER BY arrival DESC LIMIT {MAX_ANSWERS}",
-)
-# Models of one name may have had numbers as ids, and later text. SQLite sorts text behind numbers.
-_ID_TYPES = """
-SELECT typeof(coalesce(max(user_id), 0)), typeof(coalesce(max(item_id), 0)) FROM (
-    SELECT user_id, item_id FROM events
-    UNION ALL SELECT user_id, json_extract(items, '$[0]') FROM served
-)
-"""
-# What users do. Other stages are a ranker's: the hundred of each answer would push out the rest.
-_OF_USERS = (Stage.CLICKED.value, Stage.EXPOSED.value, Stage.DISLIKED.value)
-# A request reads this many of a user's newest events of a type. No person has more; a bot may.
-_MAX_EVENTS = 10_000
-# Of an answer, so many items count as served: nobody looks further.
-_RANKS_SEEN = 100
 _DAY_MS = 86_400_000
-_MAX_TAKEN = 500  # Requests that are written in one transaction.
-# While others read SQLite's log of writes, it cannot be cut: number of tries, and seconds between.
-_MAX_CUTS, _CUT_SECONDS = 50, 0.1
-# No client waits for an answer's record. So a record waits this long for others, to share a write,
-# and is dropped if this many wait.
-_ANSWER_SECONDS, _MAX_WAITING = 1.0, 10_000
 
 
 class Event(NamedTuple):
@@ -218,531 +80,9 @@ class Answer(NamedTuple):
                 yield request_id, user_id, items
 
 
-def _filled(items: np.ndarray) -> list[Any]:
+def filled(items: np.ndarray) -> list[Any]:
+    """Returns the ids of an answer without its empty slots."""
     return [item for item in items.tolist() if item not in (-1, "")]
-
-
-class Watch:
-    """What a server knows of its file of events: each change is a line in the log.
-
-    Attributes:
-        unreadable: Why events cannot be read; "" if they can.
-        is_rewriting: Whether this process writes the file anew.
-    """
-
-    def __init__(self) -> None:
-        self.unreadable, self._unwritable, self.is_rewriting = "", "", False
-        self._damaged: Stamp | None = None
-        self._identity: tuple[Any, ...] | None = None
-        self._lock = threading.Lock()
-
-    def refuse(self, stamp: Stamp | None) -> None:
-        """Raises `Damaged` before a write to a damaged file.
-
-        What its whole pages would still take would be lost when a backup takes its place.
-        """
-        if stamp is not None and stamp == self._damaged:
-            raise Damaged(self.unreadable)
-
-    def failed(self, error: Exception, stamp: Stamp | None, is_writer: bool) -> None:
-        """Notes that a read or a write failed."""
-        with self._lock:
-            if is_writer and isinstance(error, StorageError):
-                if self._unwritable != (cause := str(error)):
-                    logger.error("%s Until it can be written, events are refused.", cause)
-                self._unwritable = cause
-                return
-            if not self.unreadable:
-                logger.error("%s Until then, answers go without events.", error)
-                self.unreadable = str(error)
-            self._damaged = stamp if isinstance(error, Damaged) else None
-
-    def worked(
-        self, stamp: Stamp | None, identity: tuple[Any, ...] | None, is_writer: bool
-    ) -> None:
-        """Notes that a read or a write worked; another page of the same file may be damaged."""
-        with self._lock:
-            if self._identity not in (None, identity) and not self.is_rewriting:
-                change = "replaced, restored or written anew" if identity else "deleted"
-                logger.warning("The file of events was %s.", change)
-            self._identity = None if self.is_rewriting else identity
-            if self.unreadable and (self._damaged is None or stamp != self._damaged):
-                logger.warning("The events can be read again.")
-                self.unreadable, self._damaged = "", None
-            if is_writer and self._unwritable:
-                logger.warning("The events can be written again.")
-                self._unwritable = ""
-
-
-class Journal(Database):
-    """The events of all users; see `Database` for what its methods raise.
-
-    After a write, `on_click` is called with version and rank for each new click on an item of one
-    of the user's 1,000 newest recorded answers.
-    """
-
-    file_name, schema = JOURNAL_FILE, _SCHEMA
-    what_is_lost = "; its events are then lost, unless `tfrs-pipeline log` wrote them to a file"
-
-    def __init__(
-        self,
-        folder: Path,
-        watch: "Watch | None" = None,
-        on_click: Callable[[int, int], object] | None = None,
-    ) -> None:
-        super().__init__(folder)
-        self._watch, self._on_click = watch, on_click
-        self._read_columns: tuple[sqlite3.Connection | None, dict[str, str]] = None, {}
-
-    def another(self) -> "Journal":
-        """Returns another connection to the file."""
-        return Journal(self.path.parent, self._watch)
-
-    @contextlib.contextmanager
-    def _opened(self, *, is_writer: bool = False) -> Iterator[sqlite3.Connection | None]:
-        if self._watch is None:
-            with super()._opened(is_writer=is_writer) as connection:
-                yield connection
-            return
-        stamp = self._stamp()
-        if is_writer:
-            self._watch.refuse(stamp)
-        try:
-            with super()._opened(is_writer=is_writer) as connection:
-                yield connection
-        except (Damaged, StorageError) as error:
-            self._watch.failed(error, stamp, is_writer)
-            raise
-        self._watch.worked(stamp, self._identity, is_writer)
-
-    def write(self, groups: Sequence[Sequence[Event]], answers: Iterable[Answer] = ()) -> list[int]:
-        """Writes groups of events, and answers, in one transaction.
-
-        Returns how many events of each group were new. An event is not new if its `event_id` is
-        there already, or an event of the same user, item, type and millisecond.
-        """
-        columns = f"({', '.join(Event._fields)}, arrival)"
-        insert = f"INSERT OR IGNORE INTO events {columns} {{}}".format
-        with self.writing() as connection:
-            served = (
-                (request_id, user_id, answer.time, answer.version, json.dumps(_filled(items)))
-                for answer in answers
-                for request_id, user_id, items in answer.by_query()
-            )
-            of_answer = "(request_id, user_id, time, version, items)"
-            connection.executemany(f"INSERT INTO served {of_answer} VALUES (?, ?, ?, ?, ?)", served)
-            # Microseconds: fewer than a million events a second arrive.
-            arrivals = itertools.count(time.time_ns() // 1000)
-            counts, clicked = [], list[tuple[int, Any, int]]()
-            for events in groups:
-                counts.append(0)
-                for event in events:
-                    row = *event, next(arrivals)
-                    is_new = connection.execute(insert(_VALUES), row).rowcount
-                    is_new = is_new or connection.execute(insert(_BESIDE), row).rowcount
-                    counts[-1] += is_new
-                    is_click = event.type == Stage.CLICKED and event.request_id is not None
-                    if is_new and is_click and self._on_click:
-                        key = event.user_id, event.item_id, event.request_id
-                        clicked += connection.execute(_ONE_CLICKED, key)
-        if self._on_click:
-            for version, _, rank in clicked:
-                self._on_click(version, rank)
-        return counts
-
-    def of_users(self, user_ids: Collection[Any]) -> dict[Any, list[Event]]:
-        """Reads what users clicked, were shown or disliked, by user, oldest first.
-
-        Users without such an event are left out. Events of one time are in the order of their
-        arrival. Of each type, reads a user's newest 10,000. A server goes on with none if they
-        cannot be read.
-        """
-        try:
-            return self._of_users(user_ids)
-        except (Damaged, StorageError):
-            if self._watch is None:
-                raise
-            return {}
-
-    def _of_users(self, user_ids: Collection[Any]) -> dict[Any, list[Event]]:
-        read: dict[Any, list[Event]] = {}
-        with self._opened() as connection:
-            if connection is None:
-                return {}
-            columns = ", ".join(self._columns(connection).values())
-            query = (
-                f"SELECT {columns}, arrival FROM events WHERE user_id = ? AND type = ? "
-                "ORDER BY time DESC, arrival DESC LIMIT ?"
-            )
-            for id_ in dict.fromkeys(user_ids):
-                rows: list[Any] = []
-                with contextlib.suppress(OverflowError):  # No event has an id beyond 64 bits.
-                    for type_ in _OF_USERS:
-                        rows += connection.execute(query, (_plain(id_), type_, _MAX_EVENTS))
-                if rows:
-                    rows.sort(key=lambda row: (row[1], row[-1]))
-                    read[id_] = [Event(*row[:-1]) for row in rows]
-        return read
-
-    def _columns(self, connection: sqlite3.Connection) -> dict[str, str]:
-        """Returns SQL for the fields of an event, by name; later ones may be missing in a file."""
-        if self._read_columns[0] is not connection:  # It is another one once the tables changed.
-            missing = _missing(connection)
-            columns = {name: "NULL" if name in missing else name for name in Event._fields}
-            self._read_columns = connection, columns
-        return self._read_columns[1]
-
-    def problem(self) -> str:
-        """Looks at the file; returns why a server cannot read events, "" if it can."""
-        with contextlib.suppress(Damaged, StorageError), self._opened():
-            pass
-        return self._watch.unreadable if self._watch else ""
-
-    def clicks_after(
-        self, time_: int, arrival: int
-    ) -> tuple[dict[Any, Counter[tuple[Any, int]]], int]:
-        """Reads the clicks later than a time in milliseconds that came after another arrival.
-
-        Returns how many there are of each item and second since 1970, by user, and the newest
-        arrival; none, and the same arrival, if they cannot be read. Takes time in proportion to all
-        events.
-        """
-        query = (
-            "SELECT user_id, item_id, time, arrival FROM events "
-            f"WHERE type = '{Stage.CLICKED.value}' AND time > ? AND arrival > ?"
-        )
-        clicks: dict[Any, Counter[tuple[Any, int]]] = {}
-        newest = arrival
-        try:
-            with self._opened() as connection:
-                rows = connection.execute(query, (time_, arrival)) if connection else ()
-                for user_id, item_id, milliseconds, arrived in rows:
-                    clicks.setdefault(user_id, Counter())[item_id, milliseconds // 1000] += 1
-                    newest = max(newest, arrived)
-        except (Damaged, StorageError):  # Later, all are read.
-            return {}, arrival
-        return clicks, newest
-
-    def user_ids(self) -> list[Any]:
-        """Reads the ids of all users who did something, ascending; integers come before text."""
-        query = f"SELECT DISTINCT user_id FROM events WHERE type IN {_OF_USERS} ORDER BY user_id"
-        with self._opened() as connection:
-            return [id_ for (id_,) in (connection.execute(query) if connection else ())]
-
-    def served_to(self, user_id: Any) -> Iterator[tuple["_Key", list[Any]]]:
-        """Yields a user's answers as they are asked for, by order of arrival, newest first."""
-        with self._opened() as connection:
-            if connection is not None:
-                query = "SELECT request_id, time, items FROM served WHERE user_id = ?"
-                rows = connection.execute(f"{query} ORDER BY arrival DESC", (user_id,))
-                for request_id, time_, items in rows:
-                    yield (request_id, time_), json.loads(items)[:_RANKS_SEEN]
-
-    def log(
-        self, num_rows: int, words: Mapping[str, str] | None = None
-    ) -> Iterator[list[tuple[Any, ...]]]:
-        """Yields all that is recorded as rows of an event table, in blocks, ordered by time.
-
-        A row is user_id, item_id, milliseconds since 1970, stage, weight, request_id, and rank in
-        the answer, from 1. Each item of a request has one, with its furthest stage, and when it
-        reached it. Items that were served are retrieved. If some ids are text, all are.
-        Writes after the first block do not show.
-
-        With `words`, what the model's own log calls stages, each event is a row, and so is an item
-        that was served and has no event. In place of its stage it has its own type, or the word for
-        its stage, and the id of its session.
-        """
-        with self._opened() as connection:
-            if connection is None:
-                return
-            user, item = connection.execute(_ID_TYPES).fetchone()
-            columns, log = self._columns(connection), _LOG
-            if words is not None:
-                cases = "".join(f" WHEN '{stage}' THEN '{word}'" for stage, word in words.items())
-                event = f"coalesce({columns['event']}, CASE type{cases} END)"
-                columns, log = columns | {"event": event}, _TYPED_LOG
-            rows = connection.execute(log.format(user=user, item=item, **columns))
-            while block := rows.fetchmany(num_rows):
-                yield block
-
-    def forget(self, user_ids: Iterable[Any]) -> list[int]:
-        """Deletes users' events and answers, also from the file; returns their number by user.
-
-        The file is written anew once, in time proportional to its size. Other writers wait
-        meanwhile, and readers do not. If that fails, no query finds the rows, but copies of them
-        may still be in the file: delete again.
-        """
-        counts = []
-        with self.writing() as connection:
-            for id_ in map(_plain, user_ids):
-                counts.append(0)
-                # Events are recorded without spaces around ids, answers with the id that was asked.
-                ids = id_, _stripped(id_)
-                with contextlib.suppress(OverflowError):  # No row has an id beyond 64 bits.
-                    for table in ("events", "served"):
-                        delete = f"DELETE FROM {table} WHERE user_id IN (?, ?)"
-                        counts[-1] += connection.execute(delete, ids).rowcount
-        self._rewrite()
-        return counts
-
-    def num_answers(self) -> list[tuple[int, Any, int]]:
-        """Counts the answers: version, user id, and how many."""
-        query = "SELECT version, user_id, count(*) FROM served GROUP BY version, user_id"
-        with self._opened() as connection:
-            return connection.execute(query).fetchall() if connection else []
-
-    def clicks_of_answers(self) -> list[tuple[int, Any, int]]:
-        """Returns version, user id and rank, from 1, of each clicked item of each answer."""
-        with self._opened() as connection:
-            return connection.execute(_ALL_CLICKED).fetchall() if connection else []
-
-    def has_weights(self) -> bool:
-        """Returns whether an event has a weight."""
-        with self._opened() as connection:
-            if connection is None:
-                return False
-            weight = self._columns(connection)["weight"]
-            query = f"SELECT EXISTS(SELECT 1 FROM events WHERE {weight} IS NOT NULL)"
-            return bool(connection.execute(query).fetchone()[0])
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """As `Database.writing`; refuses a file of another format, and adds later columns."""
-        with super().writing() as connection:
-            (number,) = connection.execute("PRAGMA application_id").fetchone()
-            if number != _FORMAT:
-                raise sqlite3.DatabaseError(f"its format is {number}, and not {_FORMAT}")
-            for name in _missing(connection):
-                connection.execute(f"ALTER TABLE events ADD COLUMN {name} {_LATER[name]}")
-            yield connection
-
-    def moment(self) -> int:
-        """Returns the moment after all events that are written by now; see `drop_older`."""
-        with self.writing():  # Waits for the writer before it.
-            return time.time_ns() // 1000
-
-    def drop_older(self, time_: int, arrived_before: int | None = None) -> tuple[int, int]:
-        """Deletes what is older than a time in milliseconds since 1970; see `forget`.
-
-        Old events that arrived after the `moment` of `arrived_before` are kept; with None, none is.
-        Returns how many events, and how many answers.
-        """
-        events = "DELETE FROM events WHERE time < ? AND arrival < coalesce(?, arrival + 1)"
-        answers = "DELETE FROM served WHERE time < ?"
-        with self.writing() as connection:
-            num_events = connection.execute(events, [time_, arrived_before]).rowcount
-            num_answers = connection.execute(answers, [time_]).rowcount
-            if num_events or num_answers:  # In this transaction, so no file with them is replaced.
-                connection.execute("PRAGMA user_version = 1")
-        self._rewrite()
-        return num_events, num_answers
-
-    def has_dropped(self) -> bool:
-        """Returns whether `drop_older` has ever deleted something."""
-        with self._opened() as connection:
-            return bool(connection and connection.execute("PRAGMA user_version").fetchone()[0])
-
-    def _rewrite(self) -> None:
-        """Writes the file anew, without a byte of deleted rows; readers do not wait."""
-        watch = self._watch or Watch()
-        watch.is_rewriting = True
-        try:
-            self._vacuum()
-        finally:
-            watch.is_rewriting = False
-
-    def _vacuum(self) -> None:
-        with self._opened(is_writer=True) as connection:
-            assert connection is not None
-            # Free space in the file may hold old copies of rows, also with `secure_delete`. Writers
-            # would not have to wait for `VACUUM INTO` a second file. But once that is renamed over
-            # the first, other processes may still commit to the old one, and lose it.
-            folder = str(self.path.parent.absolute()).replace("'", "''")
-            try:
-                # VACUUM makes a copy first: not in TMPDIR, which may be small, or in memory.
-                connection.execute(f"PRAGMA temp_store_directory = '{folder}'")
-                connection.execute("VACUUM")
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-                    raise
-                raise StorageError(
-                    f"{self.path}: {error}. Rewriting it takes up to "
-                    f"{2 * self.path.stat().st_size / 1e6:,.1f} MB more in {self.path.parent}."
-                ) from error
-            # The log holds what was written until it is copied into the file and cut. While SQLite
-            # waits for those who read the log, nobody can write. So it does not wait, but is asked
-            # again and again.
-            connection.execute("PRAGMA busy_timeout = 0")
-            try:
-                for _ in range(_MAX_CUTS):
-                    is_busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-                    if not is_busy:
-                        return
-                    time.sleep(_CUT_SECONDS)
-            finally:
-                connection.execute(f"PRAGMA busy_timeout = {round(1000 * BUSY_SECONDS)}")
-        raise StorageError(f"{self.path}-wal is being read and may hold events: delete again.")
-
-
-def _missing(connection: sqlite3.Connection) -> list[str]:
-    """Returns the columns that a file of before lacks."""
-    names = {row[1] for row in connection.execute("PRAGMA table_info(events)")}
-    return [name for name in _LATER if name not in names]
-
-
-class _Group(NamedTuple):
-    events: Sequence[Event]
-    done: "Future[int]"
-
-
-class _Deletion(NamedTuple):
-    user_id: Any
-    done: "Future[int]"
-
-
-# The request_id of a user's answer, and its time.
-_Key: TypeAlias = tuple[str, int]
-_Entry: TypeAlias = _Group | _Deletion | Answer | None
-
-
-class Recorder:
-    """Writes events and answers, and deletes those of a user, in a thread.
-
-    `on_lost` is called with the number of answers that could not be written.
-
-    All entries that arrive during a write go into the next one. It waits for the disk once, however
-    many clients it confirms.
-    """
-
-    def __init__(
-        self, journal: Journal, on_lost: Callable[[int], object] = lambda num: None
-    ) -> None:
-        self.journal, self._on_lost = journal, on_lost
-        self._of_thread = threading.local()
-        self._queue: queue.SimpleQueue[_Entry] = queue.SimpleQueue()
-        # By user, the answers in the queue, in their order.
-        self._waiting: dict[Any, dict[_Key, np.ndarray]] = {}
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
-        self._thread.start()
-
-    def submit(self, events: Sequence[Event]) -> "Future[int]":
-        """Queues events; the result is the number of new ones, once all are on disk."""
-        return self._queued(_Group(events, Future()))
-
-    def forget(self, user_id: Any) -> "Future[int]":
-        """Queues a deletion, also of a user's entries that still wait; see `Journal.forget`."""
-        return self._queued(_Deletion(user_id, Future()))
-
-    def _queued(self, entry: _Group | _Deletion) -> "Future[int]":
-        # From now on it cannot be cancelled: a client that leaves changes nothing.
-        entry.done.set_running_or_notify_cancel()
-        self._queue.put(entry)
-        return entry.done
-
-    def keep(self, answer: Answer) -> bool:
-        """Queues what was served, to be on disk in a second or so.
-
-        Returns whether there was room: with 10,000 entries waiting, the answer is dropped.
-        """
-        if has_room := self._queue.qsize() < _MAX_WAITING:
-            with self._lock:
-                for request_id, user_id, items in answer.by_query():
-                    waiting = self._waiting.setdefault(user_id, {})
-                    waiting.setdefault((request_id, answer.time), items)
-            self._queue.put(answer)
-        return has_room
-
-    def served_lately(self, user_ids: Sequence[Any], lately: Lately, most: int) -> list[list[Any]]:
-        """Returns the distinct ids of items that each user was served lately, newest answer first.
-
-        Answers that are not yet written count too, and of an answer its first 100 items. Reading
-        ends after `most` items of a user, where those that come again count too.
-        """
-        read = {id_: self._served_lately(id_, lately, most) for id_ in dict.fromkeys(user_ids)}
-        return [[*dict.fromkeys(read[id_])][:most] for id_ in user_ids]
-
-    def _served_lately(self, user_id: Any, lately: Lately, most: int) -> list[Any]:
-        since = time.time() * 1000 - lately.hours * 3_600_000 if lately.hours else math.inf
-        with self._lock:  # First, since an answer is written before it stops waiting.
-            newest = reversed(self._waiting.get(user_id, {}).items())
-            waiting = dict(itertools.islice(newest, MAX_ANSWERS))
-        # A connection of each thread waits for no write and for no other query.
-        if not hasattr(self._of_thread, "reader"):
-            self._of_thread.reader = self.journal.another()
-        written = self._of_thread.reader.served_to(user_id)
-        ids: list[Any] = []
-        with contextlib.closing(written):
-            answers = itertools.chain(
-                ((key, _filled(items[:_RANKS_SEEN])) for key, items in waiting.items()),
-                ((key, items) for key, items in written if key not in waiting),
-            )
-            for num, ((_, time_), items) in enumerate(itertools.islice(answers, MAX_ANSWERS)):
-                if len(ids) >= most or (num >= lately.answers and time_ <= since):
-                    break
-                ids += items
-        return ids
-
-    def close(self) -> None:
-        """Writes what is queued, then ends the thread."""
-        self._queue.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        answers: list[Answer] = []
-        is_open, deadline = True, 0.0
-        while is_open:
-            entries: list[_Entry] = []
-            wait = max(deadline - time.monotonic(), 0) if answers else None
-            with contextlib.suppress(queue.Empty):
-                entries.append(self._queue.get(timeout=wait))
-                while len(entries) < _MAX_TAKEN:
-                    entries.append(self._queue.get_nowait())
-            is_open = None not in entries
-            if not answers:
-                deadline = time.monotonic() + _ANSWER_SECONDS
-            answers += [entry for entry in entries if isinstance(entry, Answer)]
-            groups = [entry for entry in entries if isinstance(entry, _Group)]
-            deletions = [entry for entry in entries if isinstance(entry, _Deletion)]
-            is_due = time.monotonic() >= deadline or len(answers) >= _MAX_TAKEN
-            if groups or deletions or is_due or not is_open:
-                self._write(groups, answers)
-                answers = []
-            if deletions:  # After the write, so that they reach what was queued before them.
-                _confirm(deletions, self.journal.forget, [entry.user_id for entry in deletions])
-
-    def _write(self, groups: Sequence[_Group], answers: Sequence[Answer]) -> None:
-        if not groups and not answers:
-            return
-        events = [group.events for group in groups]
-        error = _confirm(groups, self.journal.write, events, answers)
-        if error and answers:
-            self._on_lost(len(answers))
-        with self._lock:
-            for answer in answers:
-                for request_id, user_id, _ in answer.by_query():
-                    waiting = self._waiting.get(user_id, {})
-                    waiting.pop((request_id, answer.time), None)
-                    if not waiting:
-                        self._waiting.pop(user_id, None)
-
-
-def _confirm(
-    entries: Sequence[_Group | _Deletion], work: Callable[..., list[int]], *arguments: Any
-) -> Exception | None:
-    """Gives those who wait for entries the counts that the work returns, or its error.
-
-    Returns the error, if there is one.
-    """
-    try:
-        counts = work(*arguments)
-    except Exception as error:  # The next work may succeed.
-        for entry in entries:
-            entry.done.set_exception(error)
-        return error
-    for entry, count in zip(entries, counts, strict=True):
-        entry.done.set_result(count)
-    return None
 
 
 def event_types(manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -805,14 +145,14 @@ def check_events(
     ]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Returns Python's own value in place of NumPy's, which SQLite does not take."""
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _stripped(id_: Any) -> Any:
+def stripped(id_: Any) -> Any:
     """Returns an id as it is recorded: without spaces around it."""
-    id_ = _plain(id_)
+    id_ = plain(id_)
     # As a log is read: other spaces, such as the no-break space, are part of an id.
     return id_.strip(string.whitespace) if isinstance(id_, str) else id_
 
@@ -828,7 +168,7 @@ def id_hash(event_id: str) -> int:
 
 
 def _milliseconds(value: Any) -> int:
-    value = _plain(value)
+    value = plain(value)
     if isinstance(value, str):
         value = Timestamp.from_text(value)
     if isinstance(value, datetime):
@@ -843,13 +183,13 @@ def _milliseconds(value: Any) -> int:
 
 
 def _session(value: Any) -> Any:
-    value = _plain(value)
+    value = plain(value)
     is_number = isinstance(value, int) and not isinstance(value, bool)
     return str(value) if is_number else value
 
 
 def _id(value: Any) -> Any:
-    value = _stripped(value)
+    value = stripped(value)
     if value in ("", -1, *NO_ID):
         raise ValueError("is not an id")
     return value
@@ -857,7 +197,7 @@ def _id(value: Any) -> Any:
 
 _Text: TypeAlias = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
 _Weight: TypeAlias = Annotated[
-    float, BeforeValidator(_plain), Field(strict=True, ge=MIN_WEIGHT, le=MAX_WEIGHT)
+    float, BeforeValidator(plain), Field(strict=True, ge=MIN_WEIGHT, le=MAX_WEIGHT)
 ]
 _TextId: TypeAlias = Annotated[
     str, Field(strict=True, max_length=MAX_ID_CHARACTERS), BeforeValidator(_id)

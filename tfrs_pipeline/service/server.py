@@ -39,8 +39,10 @@ from tfrs_pipeline.answers.card import model_card
 from tfrs_pipeline.answers.explain import explain
 from tfrs_pipeline.durable import Damaged, StorageError, try_writing
 from tfrs_pipeline.features.encoding import parse_request
+from tfrs_pipeline.records.journal import Journal, Watch
+from tfrs_pipeline.records.recorder import Recorder
 from tfrs_pipeline.records.settings import Lately
-from tfrs_pipeline.records.user_events import Answer, Event, Journal, Recorder, Watch
+from tfrs_pipeline.records.user_events import Answer, Event
 from tfrs_pipeline.search.queries import padded_ids
 from tfrs_pipeline.service import page, rest
 from tfrs_pipeline.service.counters import (

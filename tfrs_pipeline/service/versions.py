@@ -32,7 +32,7 @@ from tfrs_pipeline.answers.signatures import (
     completed,
 )
 from tfrs_pipeline.records.database import Replaced
-from tfrs_pipeline.records.user_events import Journal
+from tfrs_pipeline.records.journal import Journal
 from tfrs_pipeline.search.candidates import UnknownItem
 from tfrs_pipeline.service.request_metrics import BUCKETS_SECONDS
 from tfrs_pipeline.service.rest import SignatureInputs, bad_request
