@@ -28,8 +28,9 @@ PLANS: dict[str, Any] = {
     "ease": tp.Ease(l2=5.0),
     "ials": tp.Ials(8, 2.0, num_threads=1),
 }
-# These read a history as a set.
+# These read a history as a set, and those in its order.
 WITHOUT_ORDER = {name: PLANS[name] for name in ("latest", "ease", "ials")}
+IN_ORDER = {name: PLANS[name] for name in ("transitions", "itemknn")}
 # It reads the order of a history, its times, and the hour and weekday of a request.
 TOWER = tp.TwoTower(
     dim=8,
@@ -195,13 +196,16 @@ MOVES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 }
 
 
-@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("moves", [*([move] for move in MOVES), [*MOVES]], ids="-".join)
 def test_what_moves_in_order_changes_no_number(
-    move: str, found: dict[str, tp.Evaluation], tmp_path: Path
+    moves: list[str], found: dict[str, tp.Evaluation], tmp_path: Path
 ) -> None:
-    """A two-tower model numbers users and items in the order of their ids."""
-    models = [*PLANS, "two_tower"]
-    other = measured(as_log(tmp_path, MOVES[move](EVENTS)), has_tower=True)
+    """A two-tower model, which numbers users and items in the order of their ids, meets all."""
+    events, has_tower = EVENTS, len(moves) > 1
+    for move in moves:
+        events = MOVES[move](events)
+    models = [*IN_ORDER, *(["two_tower"] if has_tower else [])]
+    other = measured(as_log(tmp_path, events), IN_ORDER, has_tower=has_tower)
     assert numbers(other, models) == pytest.approx(numbers(found, models), rel=1e-9)
 
 
@@ -217,7 +221,7 @@ def test_a_second_delivery_of_the_log_is_dropped(
 ) -> None:
     twice = as_log(tmp_path, pd.concat([EVENTS, EVENTS]), duplicates="drop")
     assert [entry.num_rows for entry in twice.dropped] == [len(EVENTS)]
-    assert numbers(measured(twice), PLANS) == numbers(found, PLANS)
+    assert numbers(measured(twice, IN_ORDER), IN_ORDER) == numbers(found, IN_ORDER)
 
 
 def test_where_times_are_equal_rows_permuted_change_no_set(tmp_path: Path) -> None:
@@ -229,8 +233,32 @@ def test_where_times_are_equal_rows_permuted_change_no_set(tmp_path: Path) -> No
     )
     sets = numbers(ordered, WITHOUT_ORDER)
     assert numbers(permuted, WITHOUT_ORDER) == pytest.approx(sets, rel=1e-9)
-    for name in PLANS.keys() - WITHOUT_ORDER:
+    for name in IN_ORDER:
         assert numbers(permuted, [name]) != numbers(ordered, [name])
+
+
+@pytest.mark.parametrize("column", ["request_id", "session_id"])
+def test_requests_and_visits_group_rows_wherever_they_are(column: str, tmp_path: Path) -> None:
+    """Their names do not matter, nor do those of types of events."""
+    number = EVENTS["user_id"] * 10_000 + EVENTS.groupby("user_id").cumcount() // 3
+    events, weights = EVENTS.assign(**{column: number}), {}
+    if column == "session_id":
+        weights = {"clicked": 2, "exposed": "exposed", "disliked": "disliked"}
+        events = pd.concat([events, events.assign(timestamp=events["timestamp"] + 7201)])
+        events = events.sort_values("timestamp").rename(columns={"stage": "event"})
+    other = events.sample(frac=1, random_state=1)
+    other[column] = [f"é {name % 7} {name}" for name in other[column]]
+    others = {f"my {name}": weight for name, weight in weights.items()}
+    if weights:
+        other["event"] = "my " + other["event"]
+    plans = {"transitions": PLANS["transitions"]}
+    log = as_log(tmp_path, events, event_weights=weights)
+    assert [entry.num_rows for entry in log.dropped] == [len(EVENTS)] * bool(weights)
+    expected = numbers(measured(log, plans), plans)
+    found = numbers(measured(as_log(tmp_path, other, event_weights=others), plans), plans)
+    assert found == pytest.approx(expected, rel=1e-9)
+    without = as_log(tmp_path, events.drop(columns=column), event_weights=weights)
+    assert numbers(measured(without, plans), plans) != found
 
 
 @dataclasses.dataclass(frozen=True)
