@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.exports.saved import ask_saved_model
+from tests.exports.test_relations import RELATIONS, WAYS, Asked
 from tests.search.test_item_graph import neighbour_bonuses_by_hand, weights_by_hand
 from tests.service.conftest import NUM_CANDIDATES, Served, make_served
 from tfrs_pipeline import Holdout, evaluate, recommend
@@ -157,6 +158,14 @@ def test_a_given_history_counts_in_memory_in_the_graph_and_in_service(
                 check(ask_graph(folder, queries, excluded, k), expected)
     allowed = by_hand(repeating, bonus, queries, k, exclude, allowed="b")
     check(loaded.retrieve(queries, k, exclude, allowed=[["b"]] * len(queries)), allowed)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bonus_keeps_the_relations_of_answers(
+    repeating: Served, loaded: LoadedRetriever, way: str
+) -> None:
+    for relation in RELATIONS:
+        relation(Asked(loaded, repeating, way))
 
 
 def ask_graph(folder: Path, queries: Sequence[Any], exclude: Any, k: int) -> Any:
