@@ -120,7 +120,8 @@ def test_types_of_one_moment_are_kept_apart_and_repeats_are_not_new(films: Path)
     item, other = model.candidate_ids()[:2]
     same = {"user_id": 9_000, "item_id": item, "time": START}
     kinds = [{**same, "type": "click"}, {**same, "type": "purchase", "weight": 12.5}]
-    assert model.record([*kinds, {**same, "item_id": other, "type": "clicked"}]) == 3
+    kinds.append({**same, "type": "cart"})
+    assert model.record([*kinds, {**same, "item_id": other, "type": "clicked"}]) == 4
     assert model.record([*kinds, {**same, "item_id": other, "type": "click"}]) == 0
     assert model.record(kinds[::-1]) == 0
     (events,) = Journal(films).of_users([9_000]).values()
@@ -128,6 +129,7 @@ def test_types_of_one_moment_are_kept_apart_and_repeats_are_not_new(films: Path)
     assert written == {
         (item, None, None, "clicked"),
         (item, "purchase", 12.5, "clicked"),
+        (item, "cart", None, "clicked"),
         (other, None, None, "clicked"),
     }
     assert model.users.history(9_000) == [other, item]

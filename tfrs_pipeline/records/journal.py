@@ -31,12 +31,15 @@ AnswerKey: TypeAlias = tuple[str, int]
 
 _FORMAT = 1  # Of the tables below. `user_version` says whether rows were dropped.
 # In WAL mode, readers and the writer do not wait for each other.
-# A click and a purchase of one moment have the same key: the later one goes a millisecond further.
-_VALUES = "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_BESIDE = """
-SELECT ?1, ?2 + 1, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10 FROM events
-WHERE user_id = ?1 AND type = ?4 AND time = ?2 AND item_id = ?3 AND event IS NOT ?7
+_INSERT = f"""
+INSERT OR IGNORE INTO events ({", ".join(Event._fields)}, arrival)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
+_SAME = (
+    "SELECT 1 FROM events "
+    "WHERE user_id = ? AND type = ? AND time = ? AND item_id = ? AND event IS ?"
+)
+_MOST_AT_ONCE = 10  # Types of positives of a user, an item and a millisecond.
 _SCHEMA = f"""
 PRAGMA journal_mode = WAL;
 CREATE TABLE IF NOT EXISTS events (
@@ -240,8 +243,6 @@ class Journal(Database):
         Returns how many events of each group were new. An event is not new if its `event_id` is
         there already, or an event of the same user, item, type and millisecond.
         """
-        columns = f"({', '.join(Event._fields)}, arrival)"
-        insert = f"INSERT OR IGNORE INTO events {columns} {{}}".format
         with self.writing() as connection:
             served = (
                 (request_id, user_id, answer.time, answer.version, json.dumps(filled(items)))
@@ -256,9 +257,7 @@ class Journal(Database):
             for events in groups:
                 counts.append(0)
                 for event in events:
-                    row = *event, next(arrivals)
-                    is_new = connection.execute(insert(_VALUES), row).rowcount
-                    is_new = is_new or connection.execute(insert(_BESIDE), row).rowcount
+                    is_new = _insert(connection, event, next(arrivals))
                     counts[-1] += is_new
                     is_click = event.type == Stage.CLICKED and event.request_id is not None
                     if is_new and is_click and self._on_click:
@@ -501,6 +500,21 @@ class Journal(Database):
             finally:
                 connection.execute(f"PRAGMA busy_timeout = {round(1000 * BUSY_SECONDS)}")
         raise StorageError(f"{self.path}-wal is being read and may hold events: delete again.")
+
+
+def _insert(connection: sqlite3.Connection, event: Event, arrival: int) -> bool:
+    """Inserts an event; returns whether it is new.
+
+    A click and a purchase of one moment have the same key: each later one goes a millisecond
+    further.
+    """
+    for time_ in range(event.time, event.time + _MOST_AT_ONCE):
+        if connection.execute(_INSERT, (*event._replace(time=time_), arrival)).rowcount:
+            return True
+        key = event.user_id, event.type, time_, event.item_id, event.event
+        if connection.execute(_SAME, key).fetchone():
+            break
+    return False
 
 
 def _missing(connection: sqlite3.Connection) -> list[str]:
