@@ -63,6 +63,18 @@ def test_a_type_may_say_not_this(load: Any, has_request: bool) -> None:
     assert "report 2 (disliked)" in log.notes[0]
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
+def test_of_what_is_no_positive_the_furthest_stage_stays(load: Any, order: list[int]) -> None:
+    """An item that was shown is no hard negative, whichever of its events comes first."""
+    rows = [(1, 7, "retrieved"), (1, 7, "view"), (1, 7, "ranked")]
+    rows = [rows[n] for n in order] + [(1, 8, "retrieved"), (1, 9, "click")]
+    events = pd.DataFrame(rows, columns=["user_id", "item_id", "event"]).assign(request_id=5)
+    weights = WEIGHTS | {"retrieved": "retrieved", "ranked": "ranked"}
+    log = load(pa.Table.from_pandas(events), event_weights=weights)
+    stages = dict(zip(column(log.events, "item_id"), column(log.events, "stage"), strict=True))
+    assert stages == {7: "exposed", 8: "retrieved", 9: "clicked"}
+
+
 @pytest.mark.parametrize("space", [" ", "\t", "\n", "\u00a0", "\u3000"])
 def test_space_around_a_type_loses_no_row(space: str) -> None:
     types = ["click", f"click{space}", "view", "other", f"{space}view"]

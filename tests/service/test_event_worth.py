@@ -12,10 +12,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from tests.search.test_item_graph import graph_of
+from tests.service.conftest import make_served
 from tests.service.running_server import Running, send
 from tests.service.test_log_of_service import answer
 from tfrs_pipeline import Log, Reading, load, write_log
 from tfrs_pipeline.answers.publish import MANIFEST_FILE
+from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.durable import write_record
 from tfrs_pipeline.records.journal import Journal
 from tfrs_pipeline.records.user_events import Event, check_events
@@ -113,6 +116,20 @@ def test_half_a_log_and_half_from_service_are_the_log(films: Path, tmp_path: Pat
         items = [item for id_, item in pairs if id_ == user and (user, item) not in disliked]
         assert len(items) > 5
         assert now.history == items
+
+
+def test_each_visit_moves_the_graph_once(films: Path) -> None:
+    """Shown, clicked and bought in a visit: one click counts, as in training."""
+    model, served = load(shop_of(films)), make_served("int")
+    before = model.graph.totals.sum()
+    model.record(as_sent(shop_events(model.candidate_ids())))
+    model.catch_up()
+    users = model.users.now([*served.query_ids.tolist(), *range(9_000, 9_004)])
+    items = Ids(served.candidate_ids)
+    histories = [items.rows(user.history)[::-1].tolist() for user in users]
+    expected = graph_of(histories, model.graph.kind, len(served.candidate_ids))
+    assert expected.totals.sum() > before
+    np.testing.assert_allclose(model.graph.totals, expected.totals, rtol=1e-5)
 
 
 def test_types_of_one_moment_are_kept_apart_and_repeats_are_not_new(films: Path) -> None:

@@ -25,6 +25,8 @@ class UserNow(NamedTuple):
         known: Ids of items that the version holds as known, and of the events that make an item
             known by its rule; `left_out` decides.
         disliked: Ids of items that the user disliked, before the end of the log or since.
+        clicked: When each item of the history was clicked; `times` is earlier where what was shown
+            and clicked is one event.
         is_known: Whether the training, or an event since, had the user.
     """
 
@@ -32,19 +34,20 @@ class UserNow(NamedTuple):
     times: np.ndarray
     known: list[Any]
     disliked: list[Any]
+    clicked: np.ndarray
     is_known: bool
 
 
-def _once_a_visit(events: Sequence[Event]) -> list[Event]:
-    """Returns a user's clicks, oldest first, with those of an item in a visit as the first of them.
+def _once_a_visit(events: Sequence[Event]) -> list[tuple[Event, Event]]:
+    """Returns a user's clicks, each item once a visit, oldest first: the first event and the click.
 
     A log whose types of events have weights merges them in the same way (`data/visits.py`): what
     was clicked and then bought is one positive.
     """
     last: dict[str | None, int] = {}
     num_pauses: Counter[str | None] = Counter()
-    # By item and request, or else each by itself: its first event, and the visit.
-    firsts: dict[Any, tuple[Event, tuple[str | None, int]]] = {}
+    # By item and request, or else each by itself: its first event, the visit, the first click.
+    firsts: dict[Any, tuple[Event, tuple[str | None, int], Event | None]] = {}
     for number, event in enumerate(events):
         session, second = event.session_id, event.time // 1000
         pause = PAUSE if session is None else LONGEST_PAUSE
@@ -52,16 +55,16 @@ def _once_a_visit(events: Sequence[Event]) -> list[Event]:
         last[session] = second
         is_dislike = event.type == Stage.DISLIKED
         key = (event.request_id, event.item_id, is_dislike) if event.request_id else number
-        first, visit = firsts.setdefault(key, (event, (session, num_pauses[session])))
+        first, visit, click = firsts.setdefault(key, (event, (session, num_pauses[session]), None))
         if event.type == Stage.CLICKED:
-            firsts[key] = first._replace(type=event.type), visit
-    num_of_request = Counter(event.request_id for event, _ in firsts.values())
-    clicks, seen = list[Event](), set[tuple[Any, ...]]()
-    for event, visit in firsts.values():
-        if event.type == Stage.CLICKED:
+            firsts[key] = first, visit, click or event
+    num_of_request = Counter(event.request_id for event, *_ in firsts.values())
+    clicks, seen = list[tuple[Event, Event]](), set[tuple[Any, ...]]()
+    for event, visit, click in firsts.values():
+        if click is not None:
             is_mergeable = not event.request_id or num_of_request[event.request_id] == 1
             if not (is_mergeable and (event.item_id, visit) in seen):
-                clicks.append(event)
+                clicks.append((event, click))
             seen.add((event.item_id, visit))
     return clicks
 
@@ -115,23 +118,25 @@ class Users:
             stored.disliked(row),
         )
         if not events:
-            return UserNow(history, times, known, disliked, is_known)
+            return UserNow(history, times, known, disliked, times, is_known)
         # An earlier model of this name may have had item ids of the other type.
         are_text = stored.items.are_text
         events = [event for event in events if isinstance(event.item_id, str) == are_text]
         disliked += [event.item_id for event in events if event.type == Stage.DISLIKED]
         known += [event.item_id for event in events if event.type in KNOWN_STAGES[self._rule]]
-        clicks = [event for event in events if event.type == Stage.CLICKED]
+        clicks = [(event, event) for event in events if event.type == Stage.CLICKED]
         if self._has_visits:
             clicks = _once_a_visit(events)
-        clicks = [click for click in clicks if click.time > self.until]
-        history += [click.item_id for click in clicks]
+        clicks = [pair for pair in clicks if pair[0].time > self.until]
+        history += [first.item_id for first, _ in clicks]
         # Whole seconds, as in training.
-        times = np.append(times, [click.time // 1000 for click in clicks])
+        clicked = np.append(times, [click.time // 1000 for _, click in clicks])
+        times = np.append(times, [first.time // 1000 for first, _ in clicks])
         gone = dict.fromkeys(disliked)  # Each item once.
         is_left = [item_id not in gone for item_id in history]
         history = [*itertools.compress(history, is_left)]
-        return UserNow(history, times[np.array(is_left, bool)], known, [*gone], is_known)
+        left = np.array(is_left, bool)
+        return UserNow(history, times[left], known, [*gone], clicked[left], is_known)
 
     def left_out(self, user: UserNow) -> list[Any]:
         """Returns the ids that no answer to a user by id holds."""
