@@ -146,7 +146,7 @@ def measure(
     for model in models.values():
         if isinstance(model, FittedSum):
             trained[BEST_MEMBER] = model.first
-    metrics, log = run.folder.metrics(), samples.split.log
+    metrics = run.folder.metrics()
     is_compared = config.export.gate or (metrics is not None and IN_SERVICE in metrics["models"])
     if is_compared:
         # The version that the model is compared with must stay in service until the export.
@@ -156,9 +156,7 @@ def measure(
         in_service = version_in_service(
             config.model_folder,
             samples.test.candidate_ids,
-            log.listed_ids,
-            log=log,
-            before_test=samples.split.before_test,
+            samples.split,
             # Never the run's own export, which a resumed run finds in service.
             without=run.folder.own_version(config),
         )
