@@ -171,6 +171,7 @@ class FittedSum(Fitted):
         members: The fitted models by name, of the same items and users.
         weights: What each member's score is multiplied by, in units of its `Vectors.spread`.
         projection: Makes the sum's vectors from the members'.
+        log: The log of the first member.
         notes: Lines for the user.
         bonus: What is added to the scores of the items in a query's history, and of what people
             took near them; None is nothing.
@@ -179,6 +180,7 @@ class FittedSum(Fitted):
     members: Mapping[str, Fitted]
     weights: Mapping[str, float]
     projection: Projection
+    log: Log
     notes: list[str] = dataclasses.field(default_factory=list)
     bonus: HistoryBonus | None = None
 
@@ -202,19 +204,13 @@ class FittedSum(Fitted):
             weights[name] / of_member.spread
             for name, of_member in zip(members, vectors, strict=True)
         ]
-        dim = dim or vectors[0].candidates.shape[1]
-        return cls(members, weights, projection(vectors, scaled, dim))
+        joined = projection(vectors, scaled, dim or vectors[0].candidates.shape[1])
+        return cls(members, weights, joined, next(iter(members.values())).log)
 
     @property
     def first(self) -> Any:
         """The first member: in a run, the best alone."""
         return next(iter(self.members.values()))
-
-    @property
-    def log(self) -> Log:  # type: ignore[override]
-        """The log of the first member."""
-        log: Log = self.first.log
-        return log
 
     @property
     def result(self) -> TrainingResult:
