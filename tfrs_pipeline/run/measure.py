@@ -24,7 +24,7 @@ from tfrs_pipeline.run.data import RunData, final_part
 from tfrs_pipeline.run.steps import RunContext
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.model.sums import Model
+    from tfrs_pipeline.model.ensemble import Model
 
 NUM_EXAMPLES = 4
 EXAMPLE_LENGTH = 10
@@ -138,7 +138,7 @@ def measure(
 
     The version is compared if the gate is on, or was before.
     """
-    from tfrs_pipeline.model.sums import FittedSum
+    from tfrs_pipeline.model.ensemble import FittedSum
     from tfrs_pipeline.run.gate import BEST_MEMBER, IN_SERVICE, version_in_service
 
     config, progress = run.config, run.progress

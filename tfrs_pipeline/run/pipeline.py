@@ -22,8 +22,8 @@ from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.exports.export import export_version
 from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
 from tfrs_pipeline.model.distribution import chief_first, on_chief
+from tfrs_pipeline.model.ensemble import Model
 from tfrs_pipeline.model.fitted_model import excluding
-from tfrs_pipeline.model.sums import Model
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import CHECKPOINTS, METRICS_FILE, RunFolder, name_of_log
 from tfrs_pipeline.run.gate import pass_gate

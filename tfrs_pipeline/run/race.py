@@ -27,10 +27,12 @@ from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.messages import Progress, suggest, written
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, TrainingSet
 from tfrs_pipeline.model.distribution import on_chief
+from tfrs_pipeline.model.ensemble import FittedSum, Model, vectors_of
+from tfrs_pipeline.model.ensemble_choice import Choice, choose
 from tfrs_pipeline.model.fit import Diverged
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, encoder_of
 from tfrs_pipeline.model.ials import FittedIals
-from tfrs_pipeline.model.sums import Choice, FittedSum, Model, Vectors, choose, vectors_of
+from tfrs_pipeline.model.projection import Vectors
 from tfrs_pipeline.presets import PRESETS, RECIPES, Recipe
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import MODEL, RACE_FILE, RunFolder
@@ -285,7 +287,7 @@ class _Racing:
             self._chosen.pop(winner.name, None)
         # Only now, since the epochs before were measured without.
         self.configs |= {name: chosen.config for name, chosen in self._chosen.items()}
-        choice = self._choose_sum(race.winner) if self._run.config.members > 1 else None
+        choice = self._choose_ensemble(race.winner) if self._run.config.members > 1 else None
         return dataclasses.replace(race, choice=choice, configs=self.configs)
 
     def model(self, name: str) -> Any:
@@ -378,7 +380,7 @@ class _Racing:
         config = with_settings(self.configs[name], {"model.history_shrinkage": shrinkage})
         return _Chosen(config, value, trials[shrinkage])
 
-    def _choose_sum(self, winner: str) -> Choice:
+    def _choose_ensemble(self, winner: str) -> Choice:
         truth, metric = self._truth, metric_of(self._metric)
         vectors = {name: chosen.vectors for name, chosen in self._chosen.items()}
         vectors[IALS] = vectors_of(self.model(IALS), truth.queries, truth.items)

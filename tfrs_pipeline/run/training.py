@@ -17,11 +17,11 @@ from tfrs_pipeline.model.bonus_choice import item_graph
 from tfrs_pipeline.model.checkpoints import read_epoch
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
 from tfrs_pipeline.model.distribution import training_strategy
+from tfrs_pipeline.model.ensemble import FittedSum, Model
 from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import Fitted, FittedTwoTower, query_encoder
 from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.optimizer import make_optimizer
-from tfrs_pipeline.model.sums import FittedSum, Model
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import WarmStart
 from tfrs_pipeline.run.data import RunData
@@ -52,7 +52,7 @@ def train_model(
     """Trains a model of a run, by the record of its race if there is one."""
     ensemble = ensemble_of(run.config, race)
     if name == MODEL and ensemble.is_sum:
-        return train_sum(run, samples, ensemble)
+        return train_ensemble(run, samples, ensemble)
     return train_member(run, samples, ensemble, name)
 
 
@@ -162,7 +162,7 @@ def train_member(
     )
 
 
-def train_sum(run: RunContext, samples: RunData, ensemble: Ensemble) -> FittedSum:
+def train_ensemble(run: RunContext, samples: RunData, ensemble: Ensemble) -> FittedSum:
     """Trains each member of a sum as `train_and_refit` does, and sums them.
 
     A member that comes from a race trains for as many epochs as it had there, because these decided
