@@ -125,7 +125,7 @@ def test_a_sum_has_a_bonus_of_its_own(members: Members, monkeypatch: pytest.Monk
     _, validation, _ = LOG.split("last_n", validation=1, test=1)
     bonus = HistoryBonus(RepeatBonus(3.0, 0.5, 0.0))
     monkeypatch.setattr(
-        fitted_model, "bonus_for", lambda *arguments: bonus if arguments[3] == "none" else None
+        fitted_model, "bonus_for", lambda *arguments: bonus if arguments[2] == "none" else None
     )
     summed = tp.FittedSum.of(members, {"means": 1.0, "recent": 0.6}, QUERIES)
     model = summed.with_bonus(validation, "none", seed=0)

@@ -16,8 +16,8 @@ import tensorflow as tf
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.features.feature import Feature
+from tfrs_pipeline.model.checkpoints import TrainingResult
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import Fitted, FittedTwoTower, encoder_of
 from tfrs_pipeline.model.projection import Projection, Vectors, projection
 from tfrs_pipeline.model.tf_tables import embed_corpus, feature_argument

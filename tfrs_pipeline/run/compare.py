@@ -22,8 +22,8 @@ from tfrs_pipeline.durable import hold_to
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation, joined
 from tfrs_pipeline.messages import Progress, check_integer, counted, suggest, written
+from tfrs_pipeline.model.checkpoints import TrainingResult
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, TrainingSet
-from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.samplers import (
     FunnelLosers,

@@ -21,7 +21,7 @@ from tfrs_pipeline.evaluation.results import (
     other_columns,
     with_other,
 )
-from tfrs_pipeline.model.fit import TrainingResult
+from tfrs_pipeline.model.checkpoints import TrainingResult
 from tfrs_pipeline.run.folder import COMPARISON_FILE
 
 # A wider line is cut or wrapped on many screens.

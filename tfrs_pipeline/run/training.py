@@ -16,9 +16,7 @@ from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.bonus_choice import item_graph
 from tfrs_pipeline.model.checkpoints import read_epoch
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
-from tfrs_pipeline.model.distribution import training_strategy
 from tfrs_pipeline.model.ensemble import FittedSum, Model
-from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import Fitted, FittedTwoTower, query_encoder
 from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.optimizer import make_optimizer
@@ -254,14 +252,12 @@ def trained_in(
     corpus = Corpus.read(log, samples)
     if config.warm_start is not None:  # As in its training.
         corpus = dataclasses.replace(corpus, is_later=None)
-    with training_strategy().scope():
-        network = plan_of(config, name).build(corpus)
-    best_epoch, bonus = record["best_epoch"], record["bonus"]
-    saved = read_epoch(network, config.training, checkpoints / step, best_epoch)
-    result = TrainingResult(saved["history"], best_epoch, saved["seconds"])
+    network = plan_of(config, name).build(corpus)
+    result = read_epoch(network, config.training, checkpoints / step, record["best_epoch"])
     encoder = query_encoder(network, corpus)
     model = FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log)
-    return _with_bonus(model, bonus and HistoryBonus.read(bonus, None), split)
+    bonus = record["bonus"] and HistoryBonus.read(record["bonus"], None)
+    return _with_bonus(model, bonus, split)
 
 
 def split_in(folder: RunFolder) -> Split:
