@@ -54,7 +54,9 @@ from tfrs_pipeline.messages import Progress
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.run.data import RunData, prepare
+from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.measure import baselines_of, fit_best
+from tfrs_pipeline.run.steps import RunContext
 from tfrs_pipeline.run.training import train_and_refit
 
 _SEQUENCES = {
@@ -165,8 +167,8 @@ EASE_GRIDS: dict[str, dict[str, Any]] = {
 
 # A retriever, and notes for the record, JSON-compatible.
 Fitted = tuple[tp.Retriever, dict[str, Any]]
-# Given settings, data and a folder for checkpoints, None to keep none.
-Fit = Callable[[tp.RunConfig, RunData, Path | None], Fitted]
+# Given settings, data and a folder for checkpoints.
+Fit = Callable[[tp.RunConfig, RunData, Path], Fitted]
 
 
 @dataclass(frozen=True)
@@ -236,9 +238,10 @@ class Printed(Progress):
         print(f"    {name} {done}/{total} {note}", flush=True)
 
 
-def fit_ours(config: tp.RunConfig, data: RunData, folder: Path | None) -> Fitted:
+def fit_ours(config: tp.RunConfig, data: RunData, folder: Path) -> Fitted:
     """Trains the package's model as its pipeline does: epochs by validation, then a refit."""
-    model = train_and_refit(config, data, folder=folder, progress=Printed())
+    run = RunContext(config, RunFolder(folder), Printed())
+    model = train_and_refit(run, data, config=config, folder=folder)
     chosen = model.result
     monitored = chosen.history[f"val_{config.training.monitor}"]
     return model, {
@@ -253,7 +256,7 @@ def fit_ours(config: tp.RunConfig, data: RunData, folder: Path | None) -> Fitted
 def baseline(name: str, grid: Mapping[str, Sequence[float]] | None = None) -> Fit:
     """Makes the fit of one of the package's baselines, chosen from a grid on validation."""
 
-    def fit(config: tp.RunConfig, data: RunData, folder: Path | None) -> Fitted:
+    def fit(config: tp.RunConfig, data: RunData, folder: Path) -> Fitted:
         own = tp.with_settings(config, {"evaluation.baselines": (name,)})
         forms: Sequence[Any] = baselines_of(own, data)[name]
         if grid:
@@ -269,7 +272,7 @@ def baseline(name: str, grid: Mapping[str, Sequence[float]] | None = None) -> Fi
 def of_tutorial(num_epochs: int, **kind: bool) -> Fit:
     """Makes the fit of a model of the tutorial (see `fit_tutorial`), on all before the test."""
 
-    def fit(config: tp.RunConfig, data: RunData, folder: Path | None) -> Fitted:
+    def fit(config: tp.RunConfig, data: RunData, folder: Path) -> Fitted:
         options: dict[str, Any] = {"num_epochs": num_epochs, **kind}
         retriever = tutorial.fit_tutorial(data.final, seed=config.seed, **options)
         return retriever, {**tutorial.SETTINGS, **options}

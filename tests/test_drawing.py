@@ -11,7 +11,7 @@ import pytest
 
 import tfrs_pipeline.drawing as style
 from tfrs_pipeline import Log, MostPopular, Repeats, evaluate
-from tfrs_pipeline.model.fit import TrainingResult
+from tfrs_pipeline.model.checkpoints import TrainingResult
 
 CLICKS = {"user_id": [1] * 4 + [2] * 4 + [3] * 3, "item_id": [*"abcd", *"bacd", *"cab"]}
 TRAIN, _, TEST = Log.from_table(pa.table(CLICKS)).split("last_n", min_positives=3)

@@ -17,8 +17,8 @@ import tfrs_pipeline as tp
 from tfrs_pipeline import Ease, Ials, ItemKnn, MostPopular, Query, Retriever, Transitions
 from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.evaluation.interactions import Interactions, Sequences
+from tfrs_pipeline.model.checkpoints import TrainingResult
 from tfrs_pipeline.model.corpus import Corpus
-from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import query_encoder
 from tfrs_pipeline.search.topk import ExactRetriever
 

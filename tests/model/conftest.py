@@ -11,8 +11,8 @@ import pytest
 import tensorflow as tf
 
 from tfrs_pipeline import FunnelLosers, InBatch, Log, Split, TrainingSettings, TwoTower, Uniform
+from tfrs_pipeline.model.checkpoints import TrainingResult
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
-from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, query_encoder
 from tfrs_pipeline.model.network import TwoTowerNetwork
 

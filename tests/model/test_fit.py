@@ -16,8 +16,9 @@ from tests.model.conftest import assert_same, tiny, weights_of
 from tests.small_log import Stopped
 from tests.tracing import tracing_once
 from tfrs_pipeline.model import fit
+from tfrs_pipeline.model.checkpoints import TrainingResult
 from tfrs_pipeline.model.corpus import TrainingSet
-from tfrs_pipeline.model.fit import TrainingResult, describe_epoch, train
+from tfrs_pipeline.model.fit import describe_epoch, train
 from tfrs_pipeline.model.network import TwoTowerNetwork
 
 # 120 positives in batches of 32: 4 steps an epoch.

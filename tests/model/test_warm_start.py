@@ -15,7 +15,7 @@ from tests.small_log import Stopped
 from tests.tracing import tracing_once
 from tfrs_pipeline import ConfigError, FittedTwoTower, Log, TrainingSet, TwoTower
 from tfrs_pipeline.features.kinds import KINDS
-from tfrs_pipeline.model.fit import TrainingResult
+from tfrs_pipeline.model.checkpoints import TrainingResult
 from tfrs_pipeline.model.optimizer import make_optimizer, slots_of
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings, shape_settings
 from tfrs_pipeline.model.warm_start import WarmStart

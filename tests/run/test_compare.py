@@ -20,10 +20,19 @@ from tfrs_pipeline.config import ConfigError, RunConfig, dump_config, with_setti
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.results import Evaluation, averaged
-from tfrs_pipeline.run.compare import PLANS, compare_plans, every_loser, num_columns, sampling_plans
+from tfrs_pipeline.messages import SILENT, Progress
+from tfrs_pipeline.run.compare import (
+    PLANS,
+    compare_claimed,
+    every_loser,
+    num_columns,
+    sampling_plans,
+)
 from tfrs_pipeline.run.comparison import WIDTH, Comparison, OverSeeds, compared_in_words
 from tfrs_pipeline.run.data import prepare
+from tfrs_pipeline.run.folder import RunFolder
 from tfrs_pipeline.run.measure import evaluate_all
+from tfrs_pipeline.run.steps import RunContext
 from tfrs_pipeline.run.training import train_and_refit
 from tfrs_pipeline.sources.simulated import FunnelOptions, simulate_funnel
 
@@ -60,6 +69,13 @@ def folder(module_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def compared(config: RunConfig, folder: Path) -> Comparison:
     return compare_plans(config, folder)
+
+
+def compare_plans(config: RunConfig, folder: Path, progress: Progress = SILENT) -> Comparison:
+    """Compares as the command does."""
+    run = RunContext(config, RunFolder(folder), progress)
+    with run.folder.claim(config, is_run=False):
+        return compare_claimed(run)
 
 
 # What the plans are
@@ -341,7 +357,9 @@ def test_mixed_equals_a_run(config: RunConfig, compared: Comparison, tmp_path: P
     """The data is that of the config's seed, whatever the seed of the training."""
     seed, data = 1, prepare(config, tmp_path)
     plain = with_settings(config, {"model.hard": None})
-    trained = train_and_refit(with_settings(plain, {"seed": seed}), data)
+    run = RunContext(plain, RunFolder(tmp_path))
+    seeded = with_settings(plain, {"seed": seed})
+    trained = train_and_refit(run, data, config=seeded, folder=tmp_path / "again")
     result = evaluate_all(plain, {"model": trained}, data)
     found = compared.by_seed[seed]
     pairs: Any = ((found, result), (found.other, result.other))

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -163,16 +164,19 @@ def test_items_that_the_table_lacks_are_read_in_histories_and_not_retrieved(warm
 
 def test_both_are_measured_with_what_an_export_leaves_out(place: Path, warm: Warm) -> None:
     """The export of today's run, loaded as the version in service, finds what the model found."""
-    holdout = holdout_of(warm.result)
+    holdout, split = holdout_of(warm.result), split_in(RunFolder(warm.result.folder))
     folder = place / "todays" / "films"
     shutil.copytree(model_folder(place) / "2", folder / "1")
     listed = np.setdiff1d(holdout.candidate_ids, ids_of(WITHDRAWN))
+    assert split.log.listed_ids.tolist() == listed.tolist()
     found = {}
-    for exported in (listed, None):
-        served = version_in_service(folder, holdout.candidate_ids, exported)
+    for exported in (listed, holdout.candidate_ids):
+        log = SimpleNamespace(**{**vars(split.log), "listed_ids": exported})
+        lists: Any = SimpleNamespace(log=log, before_test=split.before_test)
+        served = version_in_service(folder, holdout.candidate_ids, lists)
         assert served is not None
         measured = evaluate(served, holdout, cutoffs=(20,), num_bootstrap=0).first
-        found[exported is None] = measured.overall.intervals["ndcg@20"].mean
+        found[exported is not listed] = measured.overall.intervals["ndcg@20"].mean
     expected = warm.result.metrics["models"]["two_tower"]["ndcg@20"]["mean"]
     assert found[False] == pytest.approx(expected, abs=1e-5)
     assert found[True] != pytest.approx(expected, abs=1e-5)
@@ -327,13 +331,15 @@ def holdout_of(result: RunResult) -> Holdout:
     return split.holdout("test", by=result.metrics["asked_by"])
 
 
-def test_what_is_in_service_finds_what_it_has_and_is_still_there(place: Path) -> None:
-    folder = model_folder(place)
+def test_what_is_in_service_finds_what_it_has_and_is_still_there(
+    yesterday: RunResult, place: Path
+) -> None:
+    folder, split = model_folder(place), split_in(RunFolder(yesterday.folder))
     ids = np.array(ids_of((*range(40, 75), 78, 79)), object)
-    assert version_in_service(folder.with_name("none"), ids) is None
+    assert version_in_service(folder.with_name("none"), ids, split) is None
     only = place / "one service"
     shutil.copytree(folder / "1", only / "1")
-    served: Any = version_in_service(only, ids)
+    served: Any = version_in_service(only, ids, split)
     queries = [{"user_id": "user 3", "history": ids_of((3, 45))}, {}]
     found, scores = served.retrieve(queries, len(ids))
     gone = ids_of(range(40))

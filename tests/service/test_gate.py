@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("trusted_exports", "few_signatures")
 def test_ids_of_another_type(exported: Exported, kind: str, first: Any, others: list[Any]) -> None:
     ids = np.array(others, np.int64 if kind == "str" else object)
     with pytest.raises(ValueError, match="has none of the 2 items of this run") as error:
-        version_in_service(exported(kind, "exact"), ids)
+        version_in_service(exported(kind, "exact"), ids, whole(log_of([0, 1, 2], "numeric")))
     assert f"its ids are like {first!r}, these like {others[0]!r}" in str(error.value)
 
 
@@ -70,6 +70,11 @@ def log_of(slots: Any, kind: str) -> tp.Log:
     return tp.Log.from_table(clicks, users=users, user_features=of_users, request_features=asked)
 
 
+def whole(log: tp.Log) -> Any:
+    """Stands for a split whose test is of no matter."""
+    return SimpleNamespace(log=log, before_test=log)
+
+
 @pytest.fixture(scope="module")
 def model() -> tp.FittedTwoTower:
     training = tp.TrainingSettings(batch_size=8, max_epochs=2, learning_rate=0.1)
@@ -85,7 +90,7 @@ def test_a_request_feature_of_another_kind_by_now_says_nothing(
     held_out: list[Any] = [{"history": [1], "request": {"words": x}} for x in ("x", ["x", "y"])]
     tp.export(model, tmp_path / "m", index=tp.Exact(), queries=held_out)
     now = log_of(["night", "noon", "day"], "categorical")
-    served = version_in_service(tmp_path / "m", now.listed_ids, log=now)
+    served = version_in_service(tmp_path / "m", now.listed_ids, whole(now))
     assert served is not None
     for words in ({}, {"words": "x"}):
         asked: list[Any] = [{"history": [1], "request": {**words, "slot": "night"}}]
@@ -99,17 +104,18 @@ def test_a_request_feature_of_another_kind_by_now_says_nothing(
 def test_users_have_their_features_in_a_version_without_user_data(
     model: tp.FittedTwoTower, user_data: bool, tmp_path: Path
 ) -> None:
-    """They are given as in requests, whatever their type; without the log they are missing."""
+    """They are given as in requests, whatever their type; a log without them lacks them."""
     log = log_of([0, 1, 2], "numeric")
     tp.export(model, tmp_path / "m", index=tp.Exact(), user_data=user_data)
     queries: list[tp.Query] = [{"user_id": user, "history": [1, 2]} for user in (7, 3, 9, 0, 2)]
     expected_ids, expected = model.retrieve(queries, 10)
-    served = version_in_service(tmp_path / "m", log.listed_ids, log=log)
+    served = version_in_service(tmp_path / "m", log.listed_ids, whole(log))
     assert served is not None
     ids, scores = served.retrieve(queries, 10)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     assert ids.tolist() == expected_ids.tolist()
-    alone = version_in_service(tmp_path / "m", log.listed_ids)
+    lacking = dataclasses.replace(log, user_features={})
+    alone = version_in_service(tmp_path / "m", log.listed_ids, whole(lacking))
     assert alone is not None
     assert np.allclose(alone.retrieve(queries, 10)[1], expected, atol=1e-5) == user_data
 
@@ -158,9 +164,7 @@ def test_the_graph_of_the_version_in_service_does_not_know_the_test(
     served = dataclasses.replace(of_whole_log.exportable(), bonus=bonus)
     tp.export(served, tmp_path / "m", index=tp.Exact())
     split = ordered.split("last_n", validation=1, test=1)
-    version = version_in_service(
-        tmp_path / "m", ordered.listed_ids, log=ordered, before_test=split.before_test
-    )
+    version = version_in_service(tmp_path / "m", ordered.listed_ids, split)
     own = tp.load(tmp_path / "m")
     rows = 1 + clicks[:, ::-1]  # Most recent first.
     before, whole = (weights_by_hand(part.tolist(), kind) for part in (rows[:, 1:], rows))
@@ -185,11 +189,8 @@ def test_a_version_that_only_repeats_is_measured_with_its_bonus(
     served = dataclasses.replace(of_whole_log.exportable(), bonus=repeats)
     tp.export(served, tmp_path / "m", index=tp.Exact())
     split = ordered.split("last_n", validation=1, test=1)
-    for before_test in (None, split.before_test):
-        version = version_in_service(
-            tmp_path / "m", ordered.listed_ids, log=ordered, before_test=before_test
-        )
-        expected = scores_of(of_whole_log, [3, 7, 3])
-        expected[3] += 5.0 * (1 + 3**-0.5) ** 0.5
-        expected[7] += 5.0 * (2**-0.5) ** 0.5
-        np.testing.assert_allclose(scores_of(version, [3, 7, 3]), expected, rtol=1e-4)
+    version = version_in_service(tmp_path / "m", ordered.listed_ids, split)
+    expected = scores_of(of_whole_log, [3, 7, 3])
+    expected[3] += 5.0 * (1 + 3**-0.5) ** 0.5
+    expected[7] += 5.0 * (2**-0.5) ** 0.5
+    np.testing.assert_allclose(scores_of(version, [3, 7, 3]), expected, rtol=1e-4)

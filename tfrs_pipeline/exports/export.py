@@ -29,7 +29,7 @@ from tfrs_pipeline.search.exclusions import rule_with
 from tfrs_pipeline.search.settings import Auto, Search
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.model.sums import Model
+    from tfrs_pipeline.model.ensemble import Model
 
 # In a notebook, TensorFlow logs "Assets written to" for every SavedModel. The folder that it names
 # is temporary, so the line would mislead.

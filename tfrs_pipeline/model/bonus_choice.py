@@ -14,7 +14,6 @@ from tfrs_pipeline.evaluation.bootstrap import Outcome, bootstrap_intervals
 from tfrs_pipeline.evaluation.evaluate import Truth, rankings_of
 from tfrs_pipeline.evaluation.metrics import Metric, metric_of
 from tfrs_pipeline.model.distribution import on_chief
-from tfrs_pipeline.model.settings import TrainingSettings
 from tfrs_pipeline.retrieval import history_of
 from tfrs_pipeline.samples.latest_histories import latest_histories
 from tfrs_pipeline.search.history_bonus import HistoryBonus, NeighbourBonus, RepeatBonus
@@ -38,18 +37,13 @@ def item_graph(log: Log, user_ids: np.ndarray, item_ids: np.ndarray, kind: str) 
     return ItemGraph.build(histories, len(item_ids), kind)
 
 
-def bonus_for(
-    model: Any,
-    training: TrainingSettings,
-    validation: Holdout,
-    exclude: Exclude,
-    seed: int,
-) -> HistoryBonus | None:
+def bonus_for(model: Any, validation: Holdout, exclude: Exclude, seed: int) -> HistoryBonus | None:
     """Chooses a model's bonus on the queries that validation ranks after each epoch.
 
     Neighbours are those in the model's log. Returns None, for no bonus, if `training.history_bonus`
     is off, or if no bonus is better than none. The chief decides for all workers.
     """
+    training = model.first.training
     if not training.history_bonus:
         return None
     sample = validation.sample(training.validation_users, seed)

@@ -1,7 +1,8 @@
 """The saved epochs of a training: where a stopped one resumes, and a finished one is read back."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,20 +17,44 @@ History: TypeAlias = dict[str, list[float]]
 """One value an epoch, by logged name."""
 
 
-def save_epoch(
-    folder: Path, network: TwoTowerNetwork, epoch: int, best_epoch: int, record: Mapping[str, Any]
-) -> None:
-    """Saves an epoch with its record, and removes all others but the best one.
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training has done so far.
+
+    `seconds` are wall time. The first step is left out, because it includes TensorFlow's start.
+    They include validation and the earlier parts of a resumed training.
+    """
+
+    history: History  # One value an epoch, by logged name.
+    best_epoch: int  # The epoch, from 1, whose weights were kept.
+    seconds: float
+    resumed_after: int = 0  # Epochs that an earlier process had done.
+
+    @property
+    def num_epochs(self) -> int:
+        """Number of epochs done."""
+        return len(self.history.get("loss", []))
+
+    @property
+    def num_waited(self) -> int:
+        """Number of epochs since the best one."""
+        return self.num_epochs - self.best_epoch
+
+
+def save_epoch(folder: Path, network: TwoTowerNetwork, so_far: TrainingResult) -> None:
+    """Saves the last epoch with its record, and removes all others but the best one.
 
     The record, such as epoch-3.json, is written last: an epoch without a whole one does not count.
     """
+    epoch = so_far.num_epochs
     path = folder / f"epoch-{epoch}"
     with naming(folder, tf.errors.OpError):
         folder.mkdir(parents=True, exist_ok=True)
         _checkpoint(network).write(str(path))
     files = [file for file in folder.glob(f"{path.name}.*") if ".json" not in file.name]
+    record = {"history": so_far.history, "seconds": so_far.seconds}
     write_record(_record(folder, epoch), record, files)
-    keep = {path.name, f"epoch-{best_epoch}"}
+    keep = {path.name, f"epoch-{so_far.best_epoch}"}
     for other in folder.glob("epoch-*"):
         if other.name.partition(".")[0] not in keep:
             # Also removes epoch-3_temp, which TensorFlow leaves if it is killed while writing.
@@ -67,8 +92,8 @@ def _checkpoint(network: TwoTowerNetwork) -> tf.train.Checkpoint:
 
 def read_epoch(
     network: TwoTowerNetwork, settings: TrainingSettings, folder: Path, epoch: int
-) -> dict[str, Any]:
-    """Compiles a network, gives it a saved epoch, and returns the record of that epoch.
+) -> TrainingResult:
+    """Compiles a network, gives it a saved epoch, and returns the training up to there.
 
     The folder keeps the best epoch and the last one. Raises `Damaged` if a file has changed.
     """
@@ -76,4 +101,4 @@ def read_epoch(
     # Nothing is trained here, so any number of steps that the schedule accepts will do.
     set_optimizer(network, settings, settings.warmup_steps + 1)
     restore_epoch(folder, network, epoch)
-    return record
+    return TrainingResult(record["history"], epoch, record["seconds"])

@@ -100,7 +100,8 @@ class Exportable:
     def __post_init__(self) -> None:
         if self.exclude not in (rules := get_args(Exclude)):
             raise ValueError(f"exclude must be one of {', '.join(rules)}. Got {self.exclude!r}")
-        for name in ("query_ids", "histories", "known_positives", "disliked"):
+        lists = "histories", "known_positives", "disliked"
+        for name in ("query_ids", *lists):
             if not hasattr(getattr(self, name), "__len__"):
                 raise ValueError(
                     f"{name} must be a list of one entry per user; leave it out if the model knows "
@@ -110,7 +111,7 @@ class Exportable:
             object.__setattr__(self, "query_ids", Ids(self.query_ids).values)
         # Lists have an entry for row 0 as well, so that a row is its own index.
         num_rows = len(self.query_ids) + 1
-        for name in ("histories", "known_positives", "disliked"):
+        for name in lists:
             num_lists = len(getattr(self, name))
             if not num_lists:
                 object.__setattr__(self, name, RowLists.empty(num_rows))
@@ -125,21 +126,17 @@ class Exportable:
                 f"history_times must be {total}, one for each value of histories. Received: "
                 f"{len(times)}"
             )
-        self._leave_out_unknown_items()
+        # Row 0 is left out of lists, as a request's history leaves out items of unknown ids.
+        for name in lists:
+            of_name = getattr(self, name)
+            is_known = of_name.values > 0
+            if not is_known.all():
+                object.__setattr__(self, name, of_name.where(is_known))
+                if name == "histories" and times is not None:
+                    object.__setattr__(self, "history_times", np.asarray(times)[is_known])
         _ = self.candidate_ids  # Read now, so that wrong items are refused here.
         if self.bonus is not None and self.bonus.neighbours is not None:
             object.__setattr__(self, "bonus", replace(self.bonus, graph=self.graph))
-
-    def _leave_out_unknown_items(self) -> None:
-        """Leaves row 0 out of lists, as a request's history leaves out items of unknown ids."""
-        times = self.history_times
-        for name in ("histories", "known_positives", "disliked"):
-            lists = getattr(self, name)
-            is_known = lists.values > 0
-            if not is_known.all():
-                object.__setattr__(self, name, lists.where(is_known))
-                if name == "histories" and times is not None:
-                    object.__setattr__(self, "history_times", np.asarray(times)[is_known])
 
     def exportable(self) -> "Exportable":
         """Returns the model itself, as a fitted model returns its `Exportable`."""

@@ -18,7 +18,13 @@ from tfrs_pipeline import messages
 from tfrs_pipeline.batches.batch import Slices
 from tfrs_pipeline.batches.hybrid import HybridBatches
 from tfrs_pipeline.messages import counted
-from tfrs_pipeline.model.checkpoints import History, last_whole_epoch, restore_epoch, save_epoch
+from tfrs_pipeline.model.checkpoints import (
+    History,
+    TrainingResult,
+    last_whole_epoch,
+    restore_epoch,
+    save_epoch,
+)
 from tfrs_pipeline.model.corpus import TrainingSet
 from tfrs_pipeline.model.distribution import on_chief
 from tfrs_pipeline.model.network import TwoTowerNetwork
@@ -27,30 +33,6 @@ from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.negatives.samplers import FunnelLosers
 
 Validate = Callable[[], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What `train` did.
-
-    `seconds` are wall time. The first step is left out, because it includes TensorFlow's start.
-    They include validation and the earlier parts of a resumed training.
-    """
-
-    history: History  # One value an epoch, by logged name.
-    best_epoch: int  # The epoch, from 1, whose weights were kept.
-    seconds: float
-    resumed_after: int = 0  # Epochs that an earlier process had done.
-
-    @property
-    def num_epochs(self) -> int:
-        """Number of epochs done."""
-        return len(self.history.get("loss", []))
-
-    @property
-    def num_waited(self) -> int:
-        """Number of epochs since the best one."""
-        return self.num_epochs - self.best_epoch
 
 
 class Diverged(ValueError):
@@ -194,7 +176,7 @@ class _BestEpoch(tf.keras.callbacks.Callback):
         # Without a folder to resume from, only an epoch to return to is saved.
         is_best = self.validate is not None and self.result.best_epoch == epoch + 1
         if self.saves_all or is_best:
-            on_chief(lambda: self._save(epoch + 1))
+            on_chief(lambda: save_epoch(self.folder, self.model, self.result))
         if self.is_over:
             self.model.stop_training = True
         if self.tell is not None:
@@ -229,11 +211,6 @@ class _BestEpoch(tf.keras.callbacks.Callback):
             restore_epoch(self.folder, network, epoch)
         self._resumed_after = epoch
         return epoch
-
-    def _save(self, epoch: int) -> None:
-        so_far = self.result
-        record = {"history": so_far.history, "seconds": so_far.seconds}
-        save_epoch(self.folder, self.model, epoch, so_far.best_epoch, record)
 
 
 def describe_data(

@@ -14,10 +14,10 @@ from tfrs_pipeline.data.ids import Ids
 from tfrs_pipeline.data.log import Log
 from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.model.bonus_choice import bonus_for
+from tfrs_pipeline.model.checkpoints import TrainingResult
 from tfrs_pipeline.model.corpus import Corpus
 from tfrs_pipeline.model.custom_parts import tables_in
 from tfrs_pipeline.model.exportable import Exportable
-from tfrs_pipeline.model.fit import TrainingResult
 from tfrs_pipeline.model.network import TwoTowerNetwork
 from tfrs_pipeline.model.settings import TrainingSettings, TwoTowerSettings
 from tfrs_pipeline.model.tf_tables import embed_corpus, tower_of
@@ -141,7 +141,7 @@ class Fitted:
 
         None is chosen if `training.history_bonus` is off; in a sum, that of the first member.
         """
-        bonus = bonus_for(self, self.first.training, validation, exclude, seed)
+        bonus = bonus_for(self, validation, exclude, seed)
         if bonus is None:
             return self
         model: Any = self  # Each subclass is a dataclass.

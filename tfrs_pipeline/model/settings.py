@@ -189,24 +189,17 @@ def check_examples(
     if training.examples == "single":
         return
     reason = f"with training.examples {training.examples!r}"
-    if InBatch() in model.negatives:
-        yield (
-            "model.negatives",
-            f"got in_batch {reason}: a batch holds whole users, so it is not a fair draw; use "
-            "popularity:num=512:alpha=1, which draws as often",
-        )
-    if not model.history_pooling:
-        yield "model.history_pooling", f"got none {reason}, which reads the history"
-    if training.examples == "sets" and model.hard is not None:
-        yield (
-            "model.hard",
-            f"got {model.hard} {reason}: hard negatives belong to one positive, and a query has "
-            "many",
-        )
     shortest = 2 * (model.history_length + 1)
-    if training.examples == "sequences" and training.batch_size < shortest:
-        yield (
-            "training.batch_size",
-            f"got {training.batch_size} {reason}: must be {shortest} or more, twice "
-            "(model.history_length + 1)",
-        )
+    rows = [
+        (InBatch() in model.negatives, "model.negatives",
+         f"got in_batch {reason}: a batch holds whole users, so it is not a fair draw; use "
+         "popularity:num=512:alpha=1, which draws as often"),
+        (not model.history_pooling, "model.history_pooling",
+         f"got none {reason}, which reads the history"),
+        (training.examples == "sets" and model.hard is not None, "model.hard",
+         f"got {model.hard} {reason}: hard negatives belong to one positive, and a query has many"),
+        (training.examples == "sequences" and training.batch_size < shortest, "training.batch_size",
+         f"got {training.batch_size} {reason}: must be {shortest} or more, twice "
+         "(model.history_length + 1)"),
+    ]  # fmt: skip
+    yield from ((setting, message) for is_wrong, setting, message in rows if is_wrong)

@@ -223,7 +223,7 @@ class TwoTower(TwoTowerSettings):
 
         `max_epochs` replaces the settings' number. `folder` keeps checkpoints.
         """
-        strategy = distribution.training_strategy()
+        distribution.training_strategy()
         distribution.check_shared(folder)
         data.check_negatives_left(self.hard)
         if not isinstance(warm_start, FittedTwoTower | None):
@@ -237,8 +237,7 @@ class TwoTower(TwoTowerSettings):
         with distribution.naming_lost_workers():
             # Initial weights come from Keras's global generators.
             tf.keras.utils.set_random_seed(self.seed)
-            with strategy.scope():
-                network = self.build(corpus)
+            network = self.build(corpus)
             encoder, batches = query_encoder(network, corpus), self.batches(data.samples)
             warm = WarmStart(warm_start, self, self.training, corpus) if warm_start else None
             validate = None
@@ -347,18 +346,18 @@ class TwoTower(TwoTowerSettings):
         Raises a `ValueError` if the towers' widths differ, or a custom tower does not read what
         `training.examples` gives it or was trained before.
         """
-        distribution.training_strategy()  # As in `fit`, because variables are made here.
         if not reads_times(self, self.training):
             corpus = dataclasses.replace(corpus, has_times=False)
-        query, candidate = (
-            None if tower is None else own_layer(name, tower, corpus)
-            for name, tower in self._custom_towers.items()
-        )
-        # The candidate tower comes first, because it may embed the history's items.
-        candidate = candidate or candidate_tower(self, corpus)
-        table = FeatureTable(corpus, "candidate")
-        query = query or query_tower(self, corpus, candidate, table)
-        network = TwoTowerNetwork(query, candidate, self, corpus, table, self.name)
+        with distribution.training_strategy().scope():  # Variables are made here.
+            query, candidate = (
+                None if tower is None else own_layer(name, tower, corpus)
+                for name, tower in self._custom_towers.items()
+            )
+            # The candidate tower comes first, because it may embed the history's items.
+            candidate = candidate or candidate_tower(self, corpus)
+            table = FeatureTable(corpus, "candidate")
+            query = query or query_tower(self, corpus, candidate, table)
+            network = TwoTowerNetwork(query, candidate, self, corpus, table, self.name)
         if self.training.examples == "sequences":
             network.check_sequences()
         return network

@@ -138,8 +138,8 @@ class WarmStart:
             here, there = (plain(c.candidate_ids.values[0]) for c in (corpus, source.corpus))
             message = f"no item is known there: ids are like {here} here and {there} there"
             refuse([("warm_start", f"{message}. Start from a model of this log's items")])
-        is_same = source.training.optimizer == training.optimizer
-        self.first_step = int(self._source.optimizer.iterations) if is_same else 0
+        before, now = self._optimizers
+        self.first_step = int(self._source.optimizer.iterations) if before == now else 0
 
     def apply(self, network: TwoTowerNetwork) -> None:
         """Sets the weights and the optimizer state of an untrained network, compiled and built."""

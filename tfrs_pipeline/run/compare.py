@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import quote
@@ -20,10 +21,9 @@ from tfrs_pipeline.data.schema import Exclude
 from tfrs_pipeline.durable import hold_to
 from tfrs_pipeline.evaluation.evaluate import evaluate
 from tfrs_pipeline.evaluation.results import Evaluation, joined
-from tfrs_pipeline.messages import SILENT, Progress, check_integer, counted, suggest, written
+from tfrs_pipeline.messages import Progress, check_integer, counted, suggest, written
+from tfrs_pipeline.model.checkpoints import TrainingResult
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, TrainingSet
-from tfrs_pipeline.model.fit import TrainingResult
-from tfrs_pipeline.model.fitted_model import FittedTwoTower
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.negatives.samplers import (
     FunnelLosers,
@@ -34,7 +34,7 @@ from tfrs_pipeline.negatives.samplers import (
 )
 from tfrs_pipeline.run.comparison import Comparison
 from tfrs_pipeline.run.data import RunData, data_steps
-from tfrs_pipeline.run.folder import PLANS_FOLDER, RunFolder
+from tfrs_pipeline.run.folder import MODEL, PLANS_FOLDER
 from tfrs_pipeline.run.measure import evaluate_all
 from tfrs_pipeline.run.race import forget_networks
 from tfrs_pipeline.run.steps import RunContext, Step
@@ -133,21 +133,20 @@ def compare(
         for plan in plans.values():  # All are checked before the first one trains for hours.
             check_plan(plan, data[plan.losers])
 
-        def measure(name: str, number: int) -> tuple[Evaluation, TrainingResult]:
-            forget_networks()
+        def measure(name: str, number: int, label: str) -> tuple[Evaluation, TrainingResult]:
             plan = plans[name].model_copy(update={"seed": number})
             kept = path / "plans" / quote(name, safe=" ") / f"seed-{number}"
             kept.mkdir(parents=True, exist_ok=True)
             # Refuses checkpoints of another model, which a changed plan would go on with.
             hold_to(kept / MADE_OF_FILE, plan.made_of(train, validation, exclude))
-            task, most = _label(name, number, seeds), plan.training.max_epochs
+            most = plan.training.max_epochs
             model = plan.fit_samples(
                 data[plan.losers],
                 validation,
                 folder=kept,
                 exclude=exclude,
                 cutoffs=measured.cutoffs,
-                tell=lambda done, line: progress.task(task, done, most, line),
+                tell=lambda done, line: progress.task(label, done, most, line),
             )
             if validation is not None:  # As `TwoTower.fit` does after its training.
                 model = model.with_bonus(validation, exclude, number)
@@ -168,20 +167,13 @@ def compare(
         return comparison
 
 
-def compare_plans(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> Comparison:
-    """Trains and measures every sampling plan of a config, in `folder`, which is made if missing.
+def compare_claimed(run: RunContext) -> Comparison:
+    """Trains and measures every sampling plan of a config, in a folder that is claimed.
 
     A stopped comparison of the same config in the folder is resumed: trained plans are measured
     again, and the unfinished one continues. Raises a `ConfigError` if `warm_start` is set, and a
-    `ValueError` if the folder holds something else or the data is refused.
+    `ValueError` if the data is refused.
     """
-    run_folder = RunFolder(folder)
-    with run_folder.claim(config, is_run=False):
-        return compare_claimed(RunContext(config, run_folder, progress))
-
-
-def compare_claimed(run: RunContext) -> Comparison:
-    """Does a comparison, or what is left of it, in a folder that is claimed."""
     config = run.config
     if config.warm_start is not None:
         message = "the plans of a comparison all start from random weights; leave it out"
@@ -192,17 +184,12 @@ def compare_claimed(run: RunContext) -> Comparison:
     data: RunData = run.artifacts["samples"]
     seeds = range(config.seed, config.seed + config.compare.seeds)
 
-    def measure(name: str, seed: int) -> tuple[Evaluation, TrainingResult]:
-        forget_networks()
+    def measure(name: str, seed: int, label: str) -> tuple[Evaluation, TrainingResult]:
         # The data is the same for all seeds.
         planned = with_settings(config, {**plans[name], "seed": seed})
-        label = _label(name, seed, len(seeds))
         path = f"{PLANS_FOLDER}/{name}/seed-{seed}"
-
-        def train(run: RunContext, samples: RunData) -> FittedTwoTower:
-            kept: dict[str, Any] = {"folder": run.folder.path / path, "progress": run.progress}
-            return train_and_refit(planned, samples, name=label, **kept)
-
+        folder = run.folder.path / path
+        train = partial(train_and_refit, config=planned, folder=folder, name=label)
         model = run.do([training_step(label, path, train)])
         del run.artifacts[label]  # One network at a time.
         return evaluate_all(config, {name: model}, data, run.progress), model.result
@@ -212,48 +199,42 @@ def compare_claimed(run: RunContext) -> Comparison:
     return comparison
 
 
-def _label(name: str, seed: int, num_seeds: int) -> str:
-    """Names a training for people; also a name that TensorFlow takes."""
-    return name if num_seeds == 1 else f"{name}/seed_{seed}"
-
-
 def _compared(
     plans: Mapping[str, Plan],
     seeds: Sequence[int],
-    measure: Callable[[str, int], tuple[Evaluation, TrainingResult]],
+    measure: Callable[[str, int, str], tuple[Evaluation, TrainingResult]],
     monitor: str,
     notes: Sequence[str] = (),
 ) -> Comparison:
     """Trains and measures all plans with the first seed, then all with the next one, and so on."""
-    by_seed = {seed: {name: measure(name, seed) for name in plans} for seed in seeds}
-    return Comparison(
-        {
-            seed: joined([evaluation for evaluation, _ in by_plan.values()])
-            for seed, by_plan in by_seed.items()
-        },
-        {name: {seed: by_seed[seed][name][1] for seed in seeds} for name in plans},
-        plans,
-        monitor,
-        notes,
-    )
+    by_seed: dict[int, Evaluation] = {}
+    trainings: dict[str, dict[int, TrainingResult]] = {name: {} for name in plans}
+    for seed in seeds:
+        evaluations = []
+        for name in plans:
+            forget_networks()
+            # Names a training for people; also a name that TensorFlow takes.
+            label = name if len(seeds) == 1 else f"{name}/seed_{seed}"
+            evaluation, trainings[name][seed] = measure(name, seed, label)
+            evaluations.append(evaluation)
+        by_seed[seed] = joined(evaluations)
+    return Comparison(by_seed, trainings, plans, monitor, notes)
 
 
 def plan_steps(config: RunConfig) -> list[Step]:
     """Returns the steps that make the data and the plans of a comparison; they train nothing."""
-    plans = Step("plans", ("samples",), "plans", _make_plans)
-    return [*data_steps(every_loser(config)), plans]
+    return [*data_steps(every_loser(config)), Step("plans", ("samples",), "plans", _make_plans)]
 
 
 def _make_plans(run: RunContext, samples: RunData) -> tuple[dict[str, Plan], list[str]]:
     """Makes the plans, with notes; refuses those that cannot train before any of them trains."""
-    config, data = run.config, samples
-    pools = data.final.samples.hard_pools
+    pools = samples.final.samples.hard_pools
     logged = {stage for stage, pool in pools.items() if len(pool.values)}
-    plans, notes = sampling_plans(config, logged)
+    plans, notes = sampling_plans(run.config, logged)
     if not plans:
         raise ConfigError([("compare.plans", f"none is left: {'; '.join(notes)}")])
     for plan in plans.values():
-        check_plan(plan_of(with_settings(config, plan), "two_tower"), data.selection)
+        check_plan(plan_of(with_settings(run.config, plan), MODEL), samples.selection)
     run.note(f"{counted(len(plans), 'plan')}: {', '.join(plans)}", *notes)
     return plans, notes
 

@@ -21,7 +21,7 @@ from tfrs_pipeline.evaluation.results import (
     other_columns,
     with_other,
 )
-from tfrs_pipeline.model.fit import TrainingResult
+from tfrs_pipeline.model.checkpoints import TrainingResult
 from tfrs_pipeline.run.folder import COMPARISON_FILE
 
 # A wider line is cut or wrapped on many screens.
@@ -119,8 +119,7 @@ class Comparison:
         first, longest = evaluation.first, evaluation.cutoffs[-1]
         yield compared_in_words(evaluation, f"ndcg@{longest}", self.over_seeds)
         if isinstance(other := evaluation.other, Evaluation):
-            every = {seed: evaluation.other for seed, evaluation in self.by_seed.items()}
-            by_seed = {seed: x for seed, x in every.items() if isinstance(x, Evaluation)}
+            by_seed: Any = {seed: measured.other for seed, measured in self.by_seed.items()}
             over = _over_seeds(by_seed)
             yield f"{ASKED[other.asked_by]}, {compared_in_words(other, f'ndcg@{longest}', over)}"
         if first.num_even is not None:

@@ -47,10 +47,9 @@ class RunData:
     @property
     def by_user(self) -> Holdout:
         """The test with a query per user: the lists that a person can judge at a glance."""
-        if self.test.by == "users":
-            return self.test
-        assert isinstance(self.other_test, Holdout)  # Only the test by request may be missing.
-        return self.other_test
+        tests = self.test, self.other_test
+        # Only the test by request may be missing.
+        return next(test for test in tests if isinstance(test, Holdout) and test.by == "users")
 
     @property
     def has_refit(self) -> bool:
@@ -159,14 +158,14 @@ def _make_tests(config: RunConfig, split: Split, last: Log) -> tuple[Holdout, Ho
     """
     by, exclude = config.evaluation.by, config.evaluation.exclude
     may_be_by_user = by in (None, "users")
-    options: dict[str, Any] = {"max_queries": config.evaluation.max_users, "seed": config.seed}
-    options["trained_on"] = last
-    by_user = split.holdout("test", by="users", **options)
+    most, seed = config.evaluation.max_users, config.seed
+    holdout = functools.partial(split.holdout, "test", most, seed, trained_on=last)
+    by_user = holdout(by="users")
     # A log without an order is an error only if the settings ask by request.
     if split.log.order == "none" and may_be_by_user:
         return by_user, "the log has no order, so no history up to a request"
     try:
-        by_request = split.holdout("test", by="requests", **options)
+        by_request = holdout(by="requests")
     except DataError as error:  # One user's requests are too many; by user, all can be asked.
         if by != "users":
             raise

@@ -11,12 +11,13 @@ from tfrs_pipeline.answers.publish import MANIFEST_FILE, NotPublished, versions_
 from tfrs_pipeline.answers.retriever import LoadedRetriever, load
 from tfrs_pipeline.config import RunConfig
 from tfrs_pipeline.data.ids import Ids
-from tfrs_pipeline.data.log import Log
+from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.data.schema import ASKED
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.bootstrap import Interval
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.features.encoding import request_signature
+from tfrs_pipeline.features.feature import Feature
 from tfrs_pipeline.messages import sentence
 from tfrs_pipeline.model.bonus_choice import item_graph
 from tfrs_pipeline.retrieval import Query
@@ -69,19 +70,13 @@ def pass_gate(
 
 
 def version_in_service(
-    folder: Path,
-    candidate_ids: np.ndarray,
-    exported: np.ndarray | None = None,
-    *,
-    log: Log | None = None,
-    before_test: Log | None = None,
-    without: Path | None = None,
+    folder: Path, candidate_ids: np.ndarray, split: Split, *, without: Path | None = None
 ) -> ScoreRetriever | None:
     """Loads a model's newest version, to measure it beside a new one; None if there is none.
 
-    `candidate_ids` are the new model's items, and `exported` those that its export retrieves (None
-    means all). If the version holds no user data, users' features come from `log`. The item graph
-    of its bonus is built of `before_test`, as the new model's is: its own may know the test.
+    `candidate_ids` are the new model's items, of which its export retrieves those that the log
+    lists. If the version holds no user data, users' features come from the log. The item graph of
+    its bonus is built of what is before the test, as the new model's is: its own may know the test.
     """
     newest = _newest(folder, without)
     if newest is None:
@@ -100,45 +95,42 @@ def version_in_service(
         )
     known, embeddings = known[is_there], embeddings[is_there]
     # Score these items for the old version too, so that both models rank the same candidates.
-    unlisted = np.setdiff1d(candidate_ids, candidate_ids if exported is None else exported)
-    unlisted = np.setdiff1d(unlisted, known)
+    unlisted = np.setdiff1d(np.setdiff1d(candidate_ids, split.log.listed_ids), known)
     if len(unlisted):
         features = retriever.features["candidate"]
         nothing = {feature.name: [None] * len(unlisted) for feature in features}
         embedded, is_trained = retriever.embed_candidates(unlisted.tolist(), nothing)
         known = np.concatenate([known, unlisted[is_trained]])
         embeddings = np.concatenate([embeddings, embedded[is_trained]])
-    exact = ExactRetriever(known, embeddings, _query_embedder(retriever, log))
+    exact = ExactRetriever(known, embeddings, _query_embedder(retriever, split.log))
     if (record := retriever.manifest["bonus"]) is None:
         return exact
     bonus = HistoryBonus.read(record, None)
     if bonus.neighbours is not None:
-        if before_test is None:
-            return exact
-        users = before_test.users["user_id"].to_pyarrow().to_numpy()
-        graph = item_graph(before_test, users, exact.items.values, bonus.neighbours.kind)
+        users = split.before_test.users["user_id"].to_pyarrow().to_numpy()
+        graph = item_graph(split.before_test, users, exact.items.values, bonus.neighbours.kind)
         bonus = replace(bonus, graph=graph)
     return bonus.added_to(exact)
 
 
 def _query_embedder(
-    retriever: LoadedRetriever, log: Log | None
+    retriever: LoadedRetriever, log: Log
 ) -> Callable[[Sequence[Query]], np.ndarray]:
     """Returns a function that embeds a run's queries with a version, by the features both have."""
-    request = retriever.features["request"]
-    if log is not None:  # A feature whose kind has changed is left out.
-        kinds = log.request_features
-        request = tuple(feature for feature in request if kinds.get(feature.name) == feature.kind)
-    read = request_signature(request, reads_times=True)
+
+    def same_kind(side: str, kinds: Mapping[str, str]) -> list[Feature]:
+        # One whose kind has changed is left out.
+        features = retriever.features[side]
+        return [feature for feature in features if kinds.get(feature.name) == feature.kind]
+
+    read = request_signature(same_kind("request", log.request_features), reads_times=True)
     names: list[str] = []
-    if log is not None and not retriever.manifest["user_data"]:
-        kinds = log.user_features
-        features = retriever.features["query"]
-        names = [feature.name for feature in features if kinds.get(feature.name) == feature.kind]
+    if not retriever.manifest["user_data"]:
+        names = [feature.name for feature in same_kind("query", log.user_features)]
 
     def embed(queries: Sequence[Query]) -> np.ndarray:
         by_user: dict[Any, dict[str, Any]] = {}
-        if log is not None and names:
+        if names:
             ids = [query["user_id"] for query in queries]
             users = log.users.filter(log.users["user_id"].isin(ids))
             rows = users.select("user_id", *names).to_pyarrow().to_pylist()

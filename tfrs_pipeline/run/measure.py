@@ -24,7 +24,7 @@ from tfrs_pipeline.run.data import RunData, final_part
 from tfrs_pipeline.run.steps import RunContext
 
 if TYPE_CHECKING:
-    from tfrs_pipeline.model.sums import Model
+    from tfrs_pipeline.model.ensemble import Model
 
 NUM_EXAMPLES = 4
 EXAMPLE_LENGTH = 10
@@ -138,7 +138,7 @@ def measure(
 
     The version is compared if the gate is on, or was before.
     """
-    from tfrs_pipeline.model.sums import FittedSum
+    from tfrs_pipeline.model.ensemble import FittedSum
     from tfrs_pipeline.run.gate import BEST_MEMBER, IN_SERVICE, version_in_service
 
     config, progress = run.config, run.progress
@@ -146,7 +146,7 @@ def measure(
     for model in models.values():
         if isinstance(model, FittedSum):
             trained[BEST_MEMBER] = model.first
-    metrics, log = run.folder.metrics(), samples.split.log
+    metrics = run.folder.metrics()
     is_compared = config.export.gate or (metrics is not None and IN_SERVICE in metrics["models"])
     if is_compared:
         # The version that the model is compared with must stay in service until the export.
@@ -156,9 +156,7 @@ def measure(
         in_service = version_in_service(
             config.model_folder,
             samples.test.candidate_ids,
-            log.listed_ids,
-            log=log,
-            before_test=samples.split.before_test,
+            samples.split,
             # Never the run's own export, which a resumed run finds in service.
             without=run.folder.own_version(config),
         )

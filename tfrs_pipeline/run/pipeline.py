@@ -21,9 +21,9 @@ from tfrs_pipeline.durable import read_record, recorded_hashes, write_record
 from tfrs_pipeline.evaluation.results import Evaluation
 from tfrs_pipeline.exports.export import export_version
 from tfrs_pipeline.messages import SILENT, Progress, StepReport, counted
-from tfrs_pipeline.model.distribution import chief_first, on_chief, training_strategy
+from tfrs_pipeline.model.distribution import chief_first, on_chief
+from tfrs_pipeline.model.ensemble import Model
 from tfrs_pipeline.model.fitted_model import excluding
-from tfrs_pipeline.model.sums import Model
 from tfrs_pipeline.run.data import RunData, data_steps
 from tfrs_pipeline.run.folder import CHECKPOINTS, METRICS_FILE, STEPS_FILE, RunFolder, name_of_log
 from tfrs_pipeline.run.gate import pass_gate
@@ -95,7 +95,6 @@ def run(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> RunR
             or has another shape (`ConfigError`), or the data is refused (`DataError`).
         WorkerLost: If another worker fails or does not answer.
     """
-    training_strategy()  # Joins the other workers, if there are any.
     run_folder = RunFolder(folder)
     config = _of_chief(lambda: resolve_settings(config, run_folder))
     with run_folder.claim(config, is_run=True):
@@ -104,7 +103,6 @@ def run(config: RunConfig, folder: Path, *, progress: Progress = SILENT) -> RunR
 
 def run_claimed(run: RunContext) -> RunResult:
     """Does a run, or what is left of it, in a folder that is claimed, with resolved settings."""
-    training_strategy()
     # The other workers take the chief's settings: a shared file system may show the files on which
     # these depend to some workers before others.
     run.config = _of_chief(lambda: run.config)

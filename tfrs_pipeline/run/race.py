@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -26,10 +27,12 @@ from tfrs_pipeline.evaluation.metrics import metric_of
 from tfrs_pipeline.messages import Progress, suggest, written
 from tfrs_pipeline.model.corpus import MADE_OF_FILE, TrainingSet
 from tfrs_pipeline.model.distribution import on_chief
+from tfrs_pipeline.model.ensemble import FittedSum, Model, vectors_of
+from tfrs_pipeline.model.ensemble_choice import Choice, choose
 from tfrs_pipeline.model.fit import Diverged
 from tfrs_pipeline.model.fitted_model import FittedTwoTower, encoder_of
 from tfrs_pipeline.model.ials import FittedIals
-from tfrs_pipeline.model.sums import Choice, FittedSum, Model, Vectors, choose, vectors_of
+from tfrs_pipeline.model.projection import Vectors
 from tfrs_pipeline.presets import PRESETS, RECIPES, Recipe
 from tfrs_pipeline.run.data import RunData
 from tfrs_pipeline.run.folder import MODEL, RACE_FILE, RunFolder
@@ -225,9 +228,9 @@ def race(
 
 
 class _Chosen(NamedTuple):
-    """The shrinkage that validation chose for a recipe, its metric with it, and its vectors."""
+    """A recipe's settings with the shrinkage that validation chose, its metric, its vectors."""
 
-    shrinkage: float | None
+    config: RunConfig
     value: float
     vectors: Vectors
 
@@ -282,10 +285,9 @@ class _Racing:
             self._train(Turn(winner.name, winner.num_epochs, task))
             # It is of fewer epochs; a single recipe has none, since it has not trained before.
             self._chosen.pop(winner.name, None)
-        for name, chosen in self._chosen.items():
-            shrinkage = {"model.history_shrinkage": chosen.shrinkage}
-            self.configs[name] = with_settings(self.configs[name], shrinkage)
-        choice = self._choose_sum(race.winner) if self._run.config.members > 1 else None
+        # Only now, since the epochs before were measured without.
+        self.configs |= {name: chosen.config for name, chosen in self._chosen.items()}
+        choice = self._choose_ensemble(race.winner) if self._run.config.members > 1 else None
         return dataclasses.replace(race, choice=choice, configs=self.configs)
 
     def model(self, name: str) -> Any:
@@ -375,20 +377,17 @@ class _Racing:
 
         # One process decides, because others may round differently.
         shrinkage, value = on_chief(best)
-        return _Chosen(shrinkage, value, trials[shrinkage])
+        config = with_settings(self.configs[name], {"model.history_shrinkage": shrinkage})
+        return _Chosen(config, value, trials[shrinkage])
 
-    def _choose_sum(self, winner: str) -> Choice:
+    def _choose_ensemble(self, winner: str) -> Choice:
         truth, metric = self._truth, metric_of(self._metric)
         vectors = {name: chosen.vectors for name, chosen in self._chosen.items()}
         vectors[IALS] = vectors_of(self.model(IALS), truth.queries, truth.items)
         self._run.progress.task("chooses the sum", 0, 0)
         most = self._run.config.members
-
-        def chosen() -> dict[str, Any]:
-            choice = choose(vectors, truth, metric, winner=winner, max_members=most)
-            return dataclasses.asdict(choice)
-
-        return Choice(**on_chief(chosen))
+        ask = partial(choose, vectors, truth, metric, winner=winner, max_members=most)
+        return Choice(**on_chief(lambda: dataclasses.asdict(ask())))
 
 
 def _recipe_named(name: str) -> Recipe:

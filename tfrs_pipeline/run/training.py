@@ -12,16 +12,14 @@ from tfrs_pipeline.data.log import Log, Split
 from tfrs_pipeline.durable import read_record
 from tfrs_pipeline.evaluation.baselines import Ials
 from tfrs_pipeline.evaluation.evaluate import Truth
-from tfrs_pipeline.messages import SILENT, Progress, counted
+from tfrs_pipeline.messages import counted
 from tfrs_pipeline.model.bonus_choice import item_graph
 from tfrs_pipeline.model.checkpoints import read_epoch
 from tfrs_pipeline.model.corpus import Corpus, TrainingSet
-from tfrs_pipeline.model.distribution import training_strategy
-from tfrs_pipeline.model.fit import TrainingResult
+from tfrs_pipeline.model.ensemble import FittedSum, Model
 from tfrs_pipeline.model.fitted_model import Fitted, FittedTwoTower, query_encoder
 from tfrs_pipeline.model.ials import FittedIals
 from tfrs_pipeline.model.optimizer import make_optimizer
-from tfrs_pipeline.model.sums import FittedSum, Model
 from tfrs_pipeline.model.two_tower import TwoTower
 from tfrs_pipeline.model.warm_start import WarmStart
 from tfrs_pipeline.run.data import RunData
@@ -51,8 +49,9 @@ def train_model(
 ) -> Model:
     """Trains a model of a run, by the record of its race if there is one."""
     ensemble = ensemble_of(run.config, race)
-    train = train_sum if name == MODEL and ensemble.is_sum else train_member
-    return train(run, ensemble, samples, name)
+    if name == MODEL and ensemble.is_sum:
+        return train_ensemble(run, samples, ensemble)
+    return train_member(run, samples, ensemble, name)
 
 
 def check_plan(plan: TwoTower, data: TrainingSet) -> None:
@@ -76,21 +75,22 @@ def check_trainings(config: RunConfig, data: TrainingSet) -> None:
 
 
 def train_and_refit(
-    config: RunConfig,
-    data: RunData,
+    run: RunContext,
+    samples: RunData,
     *,
-    name: str = "two_tower",
-    folder: Path | None = None,
-    progress: Progress = SILENT,
+    config: RunConfig,
+    folder: Path,
+    name: str = MODEL,
     max_epochs: int | None = None,
     has_bonus: bool = True,
 ) -> FittedTwoTower:
     """Chooses the number of epochs on validation, then trains on all events before the test.
 
+    `config` has the settings of the training, in place of those of the run; `folder` keeps it.
     `max_epochs` of the first training replaces the settings' number. The model's `result` is that
     of the first training; its `notes` describe both. Validation chooses a bonus if it `has_bonus`.
     """
-    source = config.warm_start
+    data, source = samples, config.warm_start
 
     def fit(step: Training, max_epochs: int) -> FittedTwoTower:
         is_first = step == "selection"
@@ -101,10 +101,10 @@ def train_and_refit(
             max_epochs=max_epochs,
             # The source's first training has seen nothing that validates here.
             warm_start=None if source is None else trained_in(source, step, name),
-            folder=None if folder is None else folder / step,
+            folder=folder / step,
             exclude=config.evaluation.exclude,
             cutoffs=config.evaluation.cutoffs,
-            tell=lambda done, line: progress.task(task, done, max_epochs, line),
+            tell=lambda done, line: run.progress.task(task, done, max_epochs, line),
         )
 
     model = fit("selection", max_epochs or config.training.max_epochs)
@@ -145,29 +145,29 @@ def _with_bonus(model: AnyModel, bonus: HistoryBonus | None, split: Split) -> An
 
 
 def train_member(
-    run: RunContext, ensemble: Ensemble, data: RunData, name: str, *, has_bonus: bool = True
+    run: RunContext, samples: RunData, ensemble: Ensemble, name: str, *, has_bonus: bool = True
 ) -> FittedTwoTower:
     """Trains a model of a run by its plan; see `train_and_refit`."""
     path, plan = ensemble.training(name)
     return train_and_refit(
-        with_settings(run.config, plan.settings),
-        data,
-        name=name,
+        run,
+        samples,
+        config=with_settings(run.config, plan.settings),
         folder=run.folder.checkpoints / path,
-        progress=run.progress,
+        name=name,
         max_epochs=plan.epochs,
         has_bonus=has_bonus,
     )
 
 
-def train_sum(run: RunContext, ensemble: Ensemble, data: RunData, name: str = MODEL) -> FittedSum:
+def train_ensemble(run: RunContext, samples: RunData, ensemble: Ensemble) -> FittedSum:
     """Trains each member of a sum as `train_and_refit` does, and sums them.
 
     A member that comes from a race trains for as many epochs as it had there, because these decided
     its weight; iALS is fitted anew. The queries of validation give the scales and the rotation of
     the sum.
     """
-    config = run.config
+    config, data = run.config, samples
     queries = queries_of(config, data.validation).queries
 
     def fit(data: RunData, *, is_tested: bool) -> FittedSum:
@@ -181,7 +181,7 @@ def train_sum(run: RunContext, ensemble: Ensemble, data: RunData, name: str = MO
                 continue
             # That of the first is for the test of it alone.
             has_bonus = is_tested and not members
-            model = train_member(run, ensemble, data, name, has_bonus=has_bonus)
+            model = train_member(run, data, ensemble, name, has_bonus=has_bonus)
             members[name] = model
             of_bonus = () if model.bonus is None else model.bonus.notes
             notes += [f"{name}: {note}" for note in model.notes if note not in of_bonus]
@@ -252,14 +252,12 @@ def trained_in(
     corpus = Corpus.read(log, samples)
     if config.warm_start is not None:  # As in its training.
         corpus = dataclasses.replace(corpus, is_later=None)
-    with training_strategy().scope():
-        network = plan_of(config, name).build(corpus)
-    best_epoch, bonus = record["best_epoch"], record["bonus"]
-    saved = read_epoch(network, config.training, checkpoints / step, best_epoch)
-    result = TrainingResult(saved["history"], best_epoch, saved["seconds"])
+    network = plan_of(config, name).build(corpus)
+    result = read_epoch(network, config.training, checkpoints / step, record["best_epoch"])
     encoder = query_encoder(network, corpus)
     model = FittedTwoTower(config.model, config.training, corpus, network, encoder, result, log)
-    return _with_bonus(model, bonus and HistoryBonus.read(bonus, None), split)
+    bonus = record["bonus"] and HistoryBonus.read(record["bonus"], None)
+    return _with_bonus(model, bonus, split)
 
 
 def split_in(folder: RunFolder) -> Split:

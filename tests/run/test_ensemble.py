@@ -13,8 +13,10 @@ from tests.run.test_race import GIVEN, config_in
 from tests.small_log import Stopped, Watched
 from tests.tracing import tracing_once
 from tfrs_pipeline.config import RunConfig, with_settings
+from tfrs_pipeline.model.ensemble import FittedSum
+from tfrs_pipeline.model.ensemble_choice import Choice
 from tfrs_pipeline.model.ials import FittedIals
-from tfrs_pipeline.model.sums import Choice, FittedSum, Vectors
+from tfrs_pipeline.model.projection import Vectors
 from tfrs_pipeline.presets import PRESETS
 from tfrs_pipeline.report.facts import gather_facts, write_report
 from tfrs_pipeline.run import race, training
