@@ -279,8 +279,10 @@ def test_a_stopped_warm_start_ends_as_an_unbroken_one(place: Path, warm: Warm) -
     answers = [
         load(str(x.export_folder)).retrieve([{"history": ids_of([7])}], 20) for x in (ended, whole)
     ]
-    for a, b in zip(*answers, strict=True):
-        np.testing.assert_array_equal(a, b)
+    (ids, scores), (whole_ids, whole_scores) = answers
+    np.testing.assert_array_equal(ids, whole_ids)
+    # Only the unbroken one was turned onto a version before it, which rounds anew.
+    np.testing.assert_allclose(scores, whole_scores, rtol=1e-6)
 
 
 def test_a_worse_model_is_published_only_if_asked_for(
