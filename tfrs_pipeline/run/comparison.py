@@ -130,6 +130,11 @@ class Comparison:
         if num_seeds > 1:
             yield f"{basis}, of the mean of {num_seeds} seeds; se: their standard error over seeds"
             yield "better or worse: the intervals over users and seeds (Student's t) both exclude 0"
+            if num_seeds == 2:
+                yield (
+                    "two seeds rarely decide: their interval reaches 12.7 standard errors to "
+                    "either side, that of three 4.3"
+                )
         elif len(self.trainings) > 1:
             yield (
                 f"{basis}, for one seed: with another, near plans can change places; try "
