@@ -1,7 +1,10 @@
 """Items written while a model is in service: found at once, durable, and refused if wrong."""
 
+import contextlib
+import dataclasses
 import logging
 import shutil
+import sqlite3
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -109,6 +112,47 @@ def test_live_items_are_everywhere(served: Served, model: Path, retriever: Loade
     assert len(ranking(frozen, query)) == NUM_CANDIDATES
     with pytest.raises(ValueError, match="live=True"):
         frozen.upsert([item(new_id(served))])
+
+
+def test_a_retriever_says_what_does_not_hold(served: Served, retriever: LoadedRetriever) -> None:
+    kept, gone = [new_id(served, n) for n in (1, 2)]
+    retriever.upsert([item(kept), item(gone), item(served.candidate_ids[3])])
+    retriever.remove([gone, served.candidate_ids[4]])
+    assert retriever.broken() == []
+    # Behind the back of the live items, candidates change.
+    candidates = retriever.candidates
+    vector = candidates.vectors_of([kept])
+    candidates.change([gone], vector, None, [kept])
+    assert retriever.broken() == [
+        f"live item {kept!r} was written, and is not found",
+        f"live item {gone!r} was removed, and is still found",
+    ]
+    candidates.change([kept], np.full_like(vector, np.nan), None, [gone])
+    assert retriever.broken() == ["a candidate's vector is not finite"]
+    candidates.change([kept], vector, None, [])
+    view = candidates._view
+    candidates._view = dataclasses.replace(view, num_removed=view.num_removed + 1)
+    num = NUM_CANDIDATES
+    assert retriever.broken() == [f"{num} candidates are there, and {num - 1} are counted"]
+    twice = view.ids.copy()
+    twice[1] = twice[2]
+    candidates._view = dataclasses.replace(view, ids=twice)
+    assert f"{num} candidates have {num - 1} different ids" in retriever.broken()
+
+
+def test_a_file_of_before_without_a_number_is_read_and_written(films: Path) -> None:
+    retriever = load(films)
+    retriever.upsert([item(90_001)])
+    with contextlib.closing(sqlite3.connect(retriever.live.path)) as sql:
+        assert sql.execute("PRAGMA application_id").fetchone() == (1,)
+        sql.execute("PRAGMA application_id = 0")
+    before = load(films)
+    assert before.upsert([item(90_002)]) == 1
+    assert before.candidates.has([90_001, 90_002]).all()
+    with contextlib.closing(sqlite3.connect(retriever.live.path)) as sql:
+        sql.execute("PRAGMA application_id = 2")
+    with pytest.raises(Damaged, match=r"live.sqlite is damaged, or of another version .*is 2, and"):
+        load(films).upsert([item(90_003)])
 
 
 def test_a_newer_version_knows_better(films: Path, tmp_path: Path) -> None:

@@ -330,6 +330,11 @@ class LoadedRetriever:
         """Removes items from all later answers; returns how many there were. Raises as `upsert`."""
         return self.live.write(self.live.prepare(removed=item_ids))[1]
 
+    def broken(self) -> list[str]:
+        """Returns what does not hold of the candidates and live items, though it always should."""
+        live = () if self._live is None else self._live.broken()
+        return [*self.candidates.broken(), *live]
+
     def catch_up(self) -> None:
         """Takes in items that other processes have written since the last call, and all clicks."""
         self.graph.catch_up()

@@ -46,12 +46,15 @@ class Database:
     Attributes:
         file_name: Name of the file in the folder.
         schema: SQL that creates the tables.
+        formats: Numbers of the layout that this version reads and writes, the last one its own;
+            the file has its own as `application_id`.
         what_is_lost: Ends the message about a damaged file: what moving it away loses.
         is_mirrored: Whether a copy of the content is kept in memory.
     """
 
     file_name: str
     schema: str
+    formats: tuple[int, ...]
     what_is_lost: str
     is_mirrored = False
 
@@ -70,7 +73,7 @@ class Database:
     def writing(self) -> Iterator[sqlite3.Connection]:
         """Holds off other writers; at the end, what was written is on disk.
 
-        If the block or the disk fails, nothing is written.
+        Refuses a file of another format. If the block or the disk fails, nothing is written.
         """
         with self._opened(is_writer=True) as connection:
             assert connection is not None
@@ -79,6 +82,10 @@ class Database:
                 return
             with connection:  # Commits, or rolls back.
                 connection.execute("BEGIN IMMEDIATE")
+                (number,) = connection.execute("PRAGMA application_id").fetchone()
+                if number not in self.formats:
+                    wanted = self.formats[-1]
+                    raise sqlite3.DatabaseError(f"its format is {number}, and not {wanted}")
                 yield connection
 
     @contextlib.contextmanager

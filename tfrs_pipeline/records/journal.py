@@ -203,7 +203,7 @@ class Journal(Database):
     of the user's 1,000 newest recorded answers.
     """
 
-    file_name, schema = JOURNAL_FILE, _SCHEMA
+    file_name, schema, formats = JOURNAL_FILE, _SCHEMA, (_FORMAT,)
     what_is_lost = "; its events are then lost, unless `tfrs-pipeline log` wrote them to a file"
 
     def __init__(
@@ -425,11 +425,8 @@ class Journal(Database):
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """As `Database.writing`; refuses a file of another format, and adds later columns."""
+        """As `Database.writing`; adds the columns that a file of before lacks."""
         with super().writing() as connection:
-            (number,) = connection.execute("PRAGMA application_id").fetchone()
-            if number != _FORMAT:
-                raise sqlite3.DatabaseError(f"its format is {number}, and not {_FORMAT}")
             for name in _missing(connection):
                 connection.execute(f"ALTER TABLE events ADD COLUMN {name} {_LATER[name]}")
             yield connection

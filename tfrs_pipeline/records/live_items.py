@@ -16,13 +16,14 @@ item is gone.
 import collections
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import math
 import string
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -63,6 +64,7 @@ CREATE TABLE IF NOT EXISTS live_items (
     is_listed INTEGER NOT NULL DEFAULT 0,   -- Whether a version had the item itself.
     item TEXT                               -- JSON; NULL if the item was removed.
 );
+PRAGMA application_id = 1;  -- The format of this table; the first files had no number, which is 0.
 """
 _MAX_NOTES = 10
 # How long writes are kept that the version in use does not take, for older versions.
@@ -82,7 +84,7 @@ class LiveRow(NamedTuple):
 class Store(Database):
     """The file of live items: a row for each item that was written, with its last write."""
 
-    file_name, schema, is_mirrored = STORE_FILE, _SCHEMA, True
+    file_name, schema, formats, is_mirrored = STORE_FILE, _SCHEMA, (0, 1), True
     what_is_lost = ", and write the live items again"
 
     def items_after(self, seq: int) -> list[LiveRow]:
@@ -176,6 +178,18 @@ class LiveItems:
     def was_removed(self, item_id: Any) -> bool:
         """Returns whether an item's last write removed it."""
         return item_id in self._removed
+
+    def broken(self) -> Iterator[str]:
+        """Yields live items that the candidates lack, and removed ones that they hold."""
+        with self._lock:
+            for ids, is_right, what in (
+                ([*self.titles], True, "was written, and is not found"),
+                ([*self._removed], False, "was removed, and is still found"),
+            ):
+                is_wrong = self._candidates.has(ids) != is_right if ids else ()
+                yield from (
+                    f"live item {id_!r} {what}" for id_ in itertools.compress(ids, is_wrong)
+                )
 
     def write(self, change: Change) -> tuple[int, int]:
         """Writes what `prepare` returned; returns how many items are new, and how many are gone.

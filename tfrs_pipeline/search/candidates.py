@@ -9,7 +9,7 @@ import itertools
 import logging
 import string
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self, TypeAlias
 
@@ -274,6 +274,20 @@ class Candidates:
     def has(self, ids: Collection[Any]) -> np.ndarray:
         """Returns which ids are candidates now, [n] bool."""
         return self._view.rows_now(ids) > 0
+
+    def broken(self) -> Iterator[str]:
+        """Yields what does not hold of the candidates of one moment, though it always should."""
+        view = self._view
+        rows = view.live_rows()
+        ids, vectors = view.ids[rows], view.vectors[rows - 1]
+        if len(ids) != view.num_candidates:
+            yield f"{len(ids):,} candidates are there, and {view.num_candidates:,} are counted"
+        if (num := len({*ids.tolist()})) != len(ids):
+            yield f"{len(ids):,} candidates have {num:,} different ids"
+        if not np.isfinite(vectors).all():
+            yield "a candidate's vector is not finite"
+        if view.searcher is not None and view.searcher.num_rows < view.num_rows:
+            yield f"the index holds {view.searcher.num_rows:,} of {view.num_rows:,} rows"
 
     def ids_and_vectors(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the candidates of one moment: ids [n], and vectors [n, D] float32."""

@@ -99,6 +99,11 @@ class Searcher:
         # Names without the folder: the index is moved once it is complete.
         self._scann.serialize(str(folder), True)
 
+    @property
+    def num_rows(self) -> int:
+        """Number of vectors that it holds."""
+        return int(self._scann.size())
+
     def search(self, queries: np.ndarray, level: Level) -> tuple[np.ndarray, np.ndarray, int]:
         """Finds roughly the `depth` best of [B, D] float32 queries, as widely as a level says.
 
@@ -111,7 +116,7 @@ class Searcher:
             change.wait_for(lambda: not self._is_held_up)
             self._num_searches += 1
         try:
-            num_rows = self._scann.size()
+            num_rows = self.num_rows
             indices, scores = self._scann.search_batched(
                 queries, level.depth, level.num_reordered, level.num_leaves_to_search, False, 0
             )

@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 # Wait before a version that failed to load is tried again: its folder may still be incomplete.
 RETRY_SECONDS = 30.0
+# Between two checks of a version's candidates against its files.
+CHECK_SECONDS = 60.0
 # A small request that takes less is answered at once: a change of threads takes as long.
 QUICK_SECONDS = 0.002
 
@@ -55,6 +57,7 @@ VERSION = Gauge("tfrs_model_version", "Version in use.", ["model"])
 LOADS = Counter(
     "tfrs_model_loads", "Versions that were loaded or failed to load.", ["model", "outcome"]
 )
+BROKEN = Gauge("tfrs_broken", "What does not hold of the version in use.", ["model"])
 LOAD_SECONDS = Gauge("tfrs_model_load_seconds", "Seconds that the last load took.", ["model"])
 
 State: TypeAlias = Literal["LOADING", "AVAILABLE", "UNLOADING", "END"]
@@ -168,6 +171,7 @@ class ModelVersions:
         self._retired: list[ServedVersion] = []
         # What was wrong with each version, and when to try again.
         self._failures: dict[Identity, tuple[str, float]] = {}
+        self._next_check = 0.0
         if not self._on_disk():
             raise no_model_at(path)
 
@@ -208,11 +212,25 @@ class ModelVersions:
         while not stop.wait(poll_seconds):
             try:
                 self.refresh()
+                self._check_if_idle()
                 problem = ""
             except Exception as error:  # As of a disk that is offline: the next look may succeed.
                 if problem != str(error):  # Once, and not every two seconds.
                     logger.exception("cannot look for versions of %s", self.name)
                 problem = str(error)
+
+    def _check_if_idle(self) -> None:
+        """Says what does not hold of the version in use, once a minute at most, between calls."""
+        version, begun = self._current, time.monotonic()
+        if version is None or version.num_uses or begun < self._next_check:
+            return
+        broken = version.retriever.broken()
+        BROKEN.labels(self.name).set(len(broken))
+        for line in broken:
+            logger.error("version %d of %s is broken: %s", version.number, self.name, line)
+        # A check of many items may take one part in twenty of the time.
+        ended = time.monotonic()
+        self._next_check = ended + max(CHECK_SECONDS, 20 * (ended - begun))
 
     @contextlib.contextmanager
     def use(self, number: str | None = None) -> Iterator[ServedVersion]:
