@@ -98,6 +98,21 @@ def test_what_is_too_little_has_no_interval(films: Path) -> None:
     assert np.isnan(outcome.clicks.low)
 
 
+def test_a_line_says_how_many_clicks_are_at_which_ranks(films: Path) -> None:
+    """Two users with an answer each, of which one clicks 5 of 20 items."""
+    items = np.arange(1, 21)[None]
+    answers = [Answer("a", 1, 3, np.array([user]), items) for user in (1, 2)]
+    ranks = (1, 3, 4, 10, 11)
+    clicks = [Event(1, 10 + rank, rank, "clicked", "a", None) for rank in ranks]
+    Journal(films).write([clicks], answers)
+    (outcome,) = outcomes(films)
+    # Each user moves the mean by 1.25: half of the interval is 1.96 * sqrt(2 * 1.25**2 * 2 / 1).
+    assert str(outcome) == (
+        "version 3: 2 answers to 2 users, 5 clicks, 2.5000 [-2.4000, 7.4000] an answer; by rank "
+        "1 at 1, 1 at 2 to 3, 2 at 4 to 10, 1 further"
+    )
+
+
 def test_the_command_says_it(films: Path, command: Any) -> None:
     shown = command("log", str(films)).out
     assert shown == "No answer is recorded: serve it with --record-share.\n"
