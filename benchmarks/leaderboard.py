@@ -167,7 +167,7 @@ EASE_GRIDS: dict[str, dict[str, Any]] = {
 
 # A retriever, and notes for the record, JSON-compatible.
 Fitted = tuple[tp.Retriever, dict[str, Any]]
-# Given settings, data and a folder for checkpoints.
+# Takes settings, data and a folder for checkpoints.
 Fit = Callable[[tp.RunConfig, RunData, Path], Fitted]
 
 
@@ -257,13 +257,13 @@ def baseline(name: str, grid: Mapping[str, Sequence[float]] | None = None) -> Fi
     """Makes the fit of one of the package's baselines, chosen from a grid on validation."""
 
     def fit(config: tp.RunConfig, data: RunData, folder: Path) -> Fitted:
-        own = tp.with_settings(config, {"evaluation.baselines": (name,)})
-        forms: Sequence[Any] = baselines_of(own, data)[name]
+        settings = tp.with_settings(config, {"evaluation.baselines": (name,)})
+        forms: Sequence[Any] = baselines_of(settings, data)[name]
         if grid:
             make = {"ease": tp.Ease, "ials": functools.partial(tp.Ials, seed=config.seed)}[name]
             values = itertools.product(*grid.values())
-            forms = [make(**dict(zip(grid, x, strict=True))) for x in values]
-        retriever, notes = fit_best(name, forms, own, data)
+            forms = [make(**dict(zip(grid, point, strict=True))) for point in values]
+        retriever, notes = fit_best(name, forms, settings, data)
         return retriever, {"notes": notes}
 
     return fit

@@ -635,7 +635,7 @@ def test_report_writes_the_page_of_a_finished_run(command: Any, run: Run, here: 
     page.unlink()
     assert command("report", run.folder / RUN) == (0, f"{page}\n", "")
     assert page.read_text() == written
-    said = json.loads(command("report", run.folder / RUN, "--json").out)
+    verdicts = json.loads(command("report", run.folder / RUN, "--json").out)
     metrics = json.loads((run.folder / RUN / "metrics.json").read_text())
     monitor = load_config(run.folder / RUN / "config.toml").training.monitor
     for question in (metrics, metrics["other"]):
@@ -648,8 +648,8 @@ def test_report_writes_the_page_of_a_finished_run(command: Any, run: Run, here: 
             if all(gap["high"] < 0 for gap in differences)
             else "level"
         )
-        assert said[question["asked_by"]]["outcome"] == outcome
-    assert said["export_folder"] == metrics["export_folder"]
+        assert verdicts[question["asked_by"]]["outcome"] == outcome
+    assert verdicts["export_folder"] == metrics["export_folder"]
     (here / RUN / "checkpoints").mkdir(parents=True)
     answer = command("report", here / RUN)
     finish = f"finish it with:  tfrs-pipeline run --run-dir {shlex.quote(str(here / RUN))}"

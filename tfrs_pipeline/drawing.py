@@ -38,7 +38,10 @@ class Drawing:
     svg: str = field(repr=False)
 
     def save(self, path: str | Path) -> None:
-        """Writes the figure as an SVG file; an earlier one is replaced."""
+        """Writes the figure to an SVG file, and replaces an earlier one.
+
+        Raises a `ValueError` if the path does not end in .svg.
+        """
         if Path(path).suffix.lower() != ".svg":
             raise ValueError(f"A drawing is saved as SVG: give a path NAME.svg. Received: {path}")
         Path(path).write_text(self.svg, encoding="utf-8")

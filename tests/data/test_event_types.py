@@ -64,7 +64,7 @@ def test_a_type_may_say_not_this(load: Any, has_request: bool) -> None:
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
-def test_of_what_is_no_positive_the_furthest_stage_stays(load: Any, order: list[int]) -> None:
+def test_of_events_without_a_positive_the_furthest_stage_stays(load: Any, order: list[int]) -> None:
     """An item that was shown is no hard negative, whichever of its events comes first."""
     rows = [(1, 7, "retrieved"), (1, 7, "view"), (1, 7, "ranked")]
     rows = [rows[n] for n in order] + [(1, 8, "retrieved"), (1, 9, "click")]

@@ -1,4 +1,4 @@
-"""What changes in a log change in its metrics: nothing, or as much as is computed here."""
+"""Changes of a log change its metrics by nothing, or by an amount that is computed here."""
 
 import dataclasses
 import itertools
@@ -68,10 +68,10 @@ def as_log(folder: Path, events: pd.DataFrame = EVENTS, **options: Any) -> tp.Lo
     if (ids := options.pop("items", None)) is not None:
         options["items"] = folder / "items.csv"
         pd.DataFrame({"item_id": ids}).to_csv(options["items"], index=False)
-    return made(folder / "events.csv", **options)
+    return log_from(folder / "events.csv", **options)
 
 
-def made(source: Any, **options: Any) -> tp.Log:
+def log_from(source: Any, **options: Any) -> tp.Log:
     hours = dict.fromkeys(("hour", "weekday"), "categorical")
     return tp.Log.from_files(source, **arguments(request_features=hours, **options))
 
@@ -96,10 +96,10 @@ def evaluated(
     return {by: tp.evaluate(models, x, cutoffs=CUTOFFS, num_bootstrap=20) for by, x in pairs}
 
 
-def numbers(found: Mapping[str, tp.Evaluation], models: Collection[str]) -> dict[str, Any]:
-    """Returns all that evaluations say of some models, such as "users/ease/tail/recall@5/low"."""
-    named = {by: evaluation.summary()["models"] for by, evaluation in found.items()}
-    return flat({by: {name: of[name] for name in models} for by, of in named.items()})
+def numbers(evaluations: Mapping[str, tp.Evaluation], models: Collection[str]) -> dict[str, Any]:
+    """Returns all values of some models by name, such as "users/ease/tail/recall@5/low"."""
+    summaries = {by: evaluation.summary()["models"] for by, evaluation in evaluations.items()}
+    return flat({by: {name: all_[name] for name in models} for by, all_ in summaries.items()})
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -113,7 +113,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def means(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves out what rests on the order of ids: draws of users, and ties at a slice's bound."""
+    """Leaves out what depends on the order of ids: draws of users, and ties at a slice's bound."""
     return {
         name: value
         for name, value in values.items()
@@ -127,7 +127,7 @@ def log(module_path: Path) -> tp.Log:
 
 
 @pytest.fixture(scope="module")
-def found(log: tp.Log) -> dict[str, tp.Evaluation]:
+def original(log: tp.Log) -> dict[str, tp.Evaluation]:
     return measured(log, has_tower=True)
 
 
@@ -138,10 +138,10 @@ def in_files(folder: Path, suffix: str) -> tp.Log:
         path = folder / "log" / f"day-{number}.{suffix}"
         part = EVENTS.iloc[rows]
         part.to_parquet(path) if suffix == "parquet" else part.to_csv(path, index=False)
-    return made(folder / "log")
+    return log_from(folder / "log")
 
 
-def of_times(times: Any, **options: Any) -> Callable[[Path], tp.Log]:
+def with_times(times: Any, **options: Any) -> Callable[[Path], tp.Log]:
     return lambda folder: as_log(folder, EVENTS.assign(timestamp=times), **options)
 
 
@@ -153,12 +153,12 @@ FORMS: dict[str, Callable[[Path], tp.Log]] = {
     "parquet files": lambda folder: in_files(folder, "parquet"),
     "columns moved": lambda folder: as_log(folder, EVENTS[[*EVENTS.columns[::-1]]]),
     "decimal ids": lambda folder: as_log(folder, EVENTS.astype({"user_id": float})),
-    "milliseconds": of_times(EVENTS["timestamp"] * 10**3, timestamp_unit="ms"),
-    "nanoseconds": of_times(EVENTS["timestamp"] * 10**9, timestamp_unit="ns"),
-    "ISO 8601": of_times(TIMES.dt.strftime("%Y-%m-%dT%H:%M:%SZ")),
-    "offsets": of_times(IN_NEW_YORK.astype(str)),
-    "a time zone": of_times(IN_NEW_YORK.dt.tz_localize(None), time_zone="America/New_York"),
-    "a table in memory": lambda _: made(EVENTS.assign(timestamp=TIMES)),
+    "milliseconds": with_times(EVENTS["timestamp"] * 10**3, timestamp_unit="ms"),
+    "nanoseconds": with_times(EVENTS["timestamp"] * 10**9, timestamp_unit="ns"),
+    "ISO 8601": with_times(TIMES.dt.strftime("%Y-%m-%dT%H:%M:%SZ")),
+    "offsets": with_times(IN_NEW_YORK.astype(str)),
+    "a time zone": with_times(IN_NEW_YORK.dt.tz_localize(None), time_zone="America/New_York"),
+    "a table in memory": lambda _: log_from(EVENTS.assign(timestamp=TIMES)),
     "ratings": lambda folder: as_log(
         folder,
         EVENTS.drop(columns="stage").assign(rating=RATINGS),
@@ -198,34 +198,34 @@ MOVES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 
 @pytest.mark.parametrize("moves", [*([move] for move in MOVES), [*MOVES]], ids="-".join)
 def test_what_moves_in_order_changes_no_number(
-    moves: list[str], found: dict[str, tp.Evaluation], tmp_path: Path
+    moves: list[str], original: dict[str, tp.Evaluation], tmp_path: Path
 ) -> None:
-    """A two-tower model, which numbers users and items in the order of their ids, meets all."""
+    """A two-tower model numbers users and items in the order of their ids. It meets all moves."""
     events, has_tower = EVENTS, len(moves) > 1
     for move in moves:
         events = MOVES[move](events)
     models = [*IN_ORDER, *(["two_tower"] if has_tower else [])]
     other = measured(as_log(tmp_path, events), IN_ORDER, has_tower=has_tower)
-    assert numbers(other, models) == pytest.approx(numbers(found, models), rel=1e-9)
+    assert numbers(other, models) == pytest.approx(numbers(original, models), rel=1e-9)
 
 
-def test_other_names_change_no_mean(found: dict[str, tp.Evaluation], tmp_path: Path) -> None:
-    """They number users and items anew: for draws, and for ties at the bound of a slice."""
+def test_other_names_change_no_mean(original: dict[str, tp.Evaluation], tmp_path: Path) -> None:
+    """They renumber users and items, which changes draws, and ties at the bound of a slice."""
     other = measured(as_log(tmp_path, renamed(EVENTS, seed=2)))
-    expected = means(numbers(found, PLANS))
+    expected = means(numbers(original, PLANS))
     assert means(numbers(other, PLANS)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_second_delivery_of_the_log_is_dropped(
-    found: dict[str, tp.Evaluation], tmp_path: Path
+    original: dict[str, tp.Evaluation], tmp_path: Path
 ) -> None:
     twice = as_log(tmp_path, pd.concat([EVENTS, EVENTS]), duplicates="drop")
     assert [entry.num_rows for entry in twice.dropped] == [len(EVENTS)]
-    assert numbers(measured(twice, IN_ORDER), IN_ORDER) == numbers(found, IN_ORDER)
+    assert numbers(measured(twice, IN_ORDER), IN_ORDER) == numbers(original, IN_ORDER)
 
 
 def test_where_times_are_equal_rows_permuted_change_no_set(tmp_path: Path) -> None:
-    """What reads a history as a set is measured alike; what comes last in it may be another."""
+    """A model that reads a history as a set is the same; the last item of a history may differ."""
     tied = EVENTS.assign(timestamp=EVENTS["timestamp"] // (20 * STEP) * 20 * STEP + 1)
     ordered, permuted = (
         measured(as_log(tmp_path, events, ties="drop"), PLANS)
@@ -255,10 +255,10 @@ def test_requests_and_visits_group_rows_wherever_they_are(column: str, tmp_path:
     log = as_log(tmp_path, events, event_weights=weights)
     assert [entry.num_rows for entry in log.dropped] == [len(EVENTS)] * bool(weights)
     expected = numbers(measured(log, plans), plans)
-    found = numbers(measured(as_log(tmp_path, other, event_weights=others), plans), plans)
-    assert found == pytest.approx(expected, rel=1e-9)
+    values = numbers(measured(as_log(tmp_path, other, event_weights=others), plans), plans)
+    assert values == pytest.approx(expected, rel=1e-9)
     without = as_log(tmp_path, events.drop(columns=column), event_weights=weights)
-    assert numbers(measured(without, plans), plans) != found
+    assert numbers(measured(without, plans), plans) != values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,11 +290,11 @@ def test_an_item_that_nobody_clicked_is_one_more_to_choose_from(
         {name: plan.fit(split.before_test) for name, plan in plans.items()}
         for split in (before, after)
     )
-    asked: list[tp.Query] = [{"history": [3]}, {"history": []}]
+    queries: list[tp.Query] = [{"history": [3]}, {"history": []}]
     for name in ("latest", "transitions", "itemknn"):
-        assert new not in again[name].retrieve(asked, NUM_ITEMS)[0]
+        assert new not in again[name].retrieve(queries, NUM_ITEMS)[0]
     for name in ("ease", "ials"):
-        ids, scores = again[name].retrieve(asked[:1], NUM_ITEMS + 1)
+        ids, scores = again[name].retrieve(queries[:1], NUM_ITEMS + 1)
         assert scores[ids == new] == pytest.approx([0], abs=1e-6)
     striking = {name: Without(model, new) for name, model in again.items()}
     expected = with_one_more(numbers(evaluated(fitted, before), plans))
@@ -314,7 +314,7 @@ def with_one_more(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def test_a_user_doubled_counts_twice_in_every_mean(log: tp.Log, tmp_path: Path) -> None:
-    """By models, and counts of clicks, that do not know of it."""
+    """The models, and the counts of clicks, are those of the log without the copy."""
     cuts = (datetime.fromtimestamp(START + x * STEP * len(EVENTS), UTC) for x in (0.7, 0.8))
     parts: dict[str, Any] = dict(zip(("validation", "test"), cuts, strict=True))
     split = log.split("time", **parts)
@@ -325,7 +325,7 @@ def test_a_user_doubled_counts_twice_in_every_mean(log: tp.Log, tmp_path: Path) 
     doubled = as_log(tmp_path, pd.concat([EVENTS, copy])).split("time", **parts)
     after = evaluated(models, doubled, trained_on=split.before_test)
     for by, name in itertools.product(BY, PLANS):
-        was, now = (found[by].results[name] for found in (before, after))
+        was, now = (evaluations[by].results[name] for evaluations in (before, after))
         is_twice = was.user_ids == user
         pairs = [(was.overall, now.overall), *((was.slices[x], now.slices[x]) for x in SLICES)]
         for part, other in pairs:
@@ -337,7 +337,9 @@ def test_a_user_doubled_counts_twice_in_every_mean(log: tp.Log, tmp_path: Path) 
                 assert other.set_metrics[f"coverage@{k}"] == part.set_metrics[f"coverage@{k}"]
 
 
-def test_all_users_doubled_change_no_mean(found: dict[str, tp.Evaluation], tmp_path: Path) -> None:
+def test_all_users_doubled_change_no_mean(
+    original: dict[str, tp.Evaluation], tmp_path: Path
+) -> None:
     """Every count is twice as large, and so is what the baselines add to counts."""
     copies = pd.concat([EVENTS, EVENTS.assign(user_id=EVENTS["user_id"] + NUM_USERS)])
     plans = {
@@ -346,7 +348,7 @@ def test_all_users_doubled_change_no_mean(found: dict[str, tp.Evaluation], tmp_p
         "itemknn": tp.ItemKnn(shrinkage=4.0),
         "ease": tp.Ease(l2=10.0),
     }
-    expected = numbers(found, plans)
+    expected = numbers(original, plans)
     other = numbers(measured(as_log(tmp_path, copies), plans), plans)
     double = ("/num_queries", "/num_relevant")
     for name, value in other.items():

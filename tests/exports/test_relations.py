@@ -1,4 +1,4 @@
-"""Relations of the answers of an exported model, however it is asked, also after live changes."""
+"""Relations between answers of an exported model, for all kinds of queries, after live changes."""
 
 import dataclasses
 import shutil
@@ -43,14 +43,14 @@ class Asked:
         return self.retriever.similar(items, k, kind=kind, **options)
 
 
-def check(found: Answer, expected: Answer) -> None:
-    np.testing.assert_array_equal(found[0], expected[0])
-    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-6)
+def check(answer: Answer, expected: Answer) -> None:
+    np.testing.assert_array_equal(answer[0], expected[0])
+    np.testing.assert_allclose(answer[1], expected[1], rtol=1e-5, atol=1e-6)
 
 
 def without(answer: Answer, gone: Sequence[Sequence[Any]], k: int) -> Answer:
-    """Strikes items out of long answers, and cuts these to length k."""
-    is_left = [~np.isin(ids, of_query) for ids, of_query in zip(answer[0], gone, strict=True)]
+    """Removes items from long answers, and cuts these to length k."""
+    is_left = [~np.isin(ids, gone_ids) for ids, gone_ids in zip(answer[0], gone, strict=True)]
     ids, scores = (
         np.stack([line[left][:k] for line, left in zip(lines, is_left, strict=True)])
         for lines in answer
@@ -59,9 +59,9 @@ def without(answer: Answer, gone: Sequence[Sequence[Any]], k: int) -> Answer:
 
 
 def some_of(answer: Answer) -> list[list[Any]]:
-    """Returns some of the items that each query finds, the best first."""
+    """Returns some items of each query's answer, best first."""
     some = [ids[scores > -np.inf][:15:3].tolist() for ids, scores in zip(*answer, strict=True)]
-    assert any(len(of_query) > 1 for of_query in some)
+    assert any(len(ids) > 1 for ids in some)
     return some
 
 
@@ -86,7 +86,7 @@ def a_filter_that_all_pass_leaves_out_what_has_no_value(ask: Asked) -> None:
     every = ask(20, allowed=[GENRES] * 4)
     check(ask(20, allowed=[[*GENRES[::-1], "a"]] * 4), every)
     genres = zip(ask.served.candidate_ids.tolist(), ask.served.genres, strict=True)
-    check(every, without(whole, [[id_ for id_, of_item in genres if not any(of_item)]] * 4, 20))
+    check(every, without(whole, [[id_ for id_, values in genres if not any(values)]] * 4, 20))
 
 
 def a_batch_is_its_single_queries(ask: Asked) -> None:

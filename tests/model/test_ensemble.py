@@ -14,8 +14,6 @@ from tfrs_pipeline.model import fitted_model
 from tfrs_pipeline.search.history_bonus import HistoryBonus, RepeatBonus
 
 LOG = make_log({"device": "categorical"})
-
-
 Members: TypeAlias = dict[str, tp.FittedTwoTower]
 
 
@@ -134,5 +132,5 @@ def test_a_sum_has_a_bonus_of_its_own(members: Members, monkeypatch: pytest.Monk
     assert exported is not None
     assert exported.repeats == bonus.repeats
     assert summed.with_bonus(validation, "clicked", seed=0).bonus is None
-    own = model.retrieve([{"history": [10]}], k=1)[0]
-    assert own.tolist() == [[10]]
+    ids = model.retrieve([{"history": [10]}], k=1)[0]
+    assert ids.tolist() == [[10]]

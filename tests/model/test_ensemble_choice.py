@@ -96,8 +96,8 @@ def test_a_sum_is_chosen_at_the_dimensions_that_it_is_served_with() -> None:
     assert served.candidates.shape == (50, 5)
     # A relevant item of query i is i % 50: the DCG of its rank, as in `chosen`.
     table = served.queries @ served.candidates.T
-    own = table[np.arange(len(table)), np.arange(len(table)) % 50]
-    ranks = (table > own[:, np.newaxis]).sum(axis=1)
+    relevant_scores = table[np.arange(len(table)), np.arange(len(table)) % 50]
+    ranks = (table > relevant_scores[:, np.newaxis]).sum(axis=1)
     gains = np.where(ranks < 10, 1 / np.log2(ranks + 2.0), 0)
     assert choice.summed == pytest.approx(gains.mean())
 

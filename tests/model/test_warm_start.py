@@ -248,7 +248,9 @@ def test_other_features_and_ids_are_refused(
     with pytest.raises(ConfigError, match=r"got title=text genre=.*: give them in that order"):
         tiny(**MODEL).fit_samples(data, warm_start=source)
     other = TrainingSet.build(log_of(range(50, 70), 0), tmp_path / "other", seed=0)
-    with pytest.raises(ConfigError, match=r"no item is known there: ids are like 'item 50' here"):
+    with pytest.raises(
+        ConfigError, match=r"its model knows no item of this log: ids are like 'item 50' in"
+    ):
         tiny(**MODEL).fit_samples(other, warm_start=source)
 
     class Own(tf.keras.layers.Layer):

@@ -343,8 +343,8 @@ def test_what_is_printed_is_narrow(
     ]
     assert "se, 2 seeds" in lines[0]
     reach = [scipy.stats.t.ppf(0.975, num - 1) for num in (2, 3)]
-    warned = [line for line in lines if line.startswith("two seeds rarely decide")]
-    assert [f"{x:.1f}" for x in reach] == re.findall(r"\d+\.\d", warned[0])
+    warnings = [line for line in lines if line.startswith("two seeds rarely decide")]
+    assert [f"{x:.1f}" for x in reach] == re.findall(r"\d+\.\d", warnings[0])
     # A narrow terminal gets only the first columns that fit; none is wrapped.
     whole, narrow = compared.table(), compared.table(width=80)
     assert max(map(len, narrow.split("\n"))) <= 80 < max(map(len, whole.split("\n")))

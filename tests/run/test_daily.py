@@ -281,7 +281,7 @@ def test_a_stopped_warm_start_ends_as_an_unbroken_one(place: Path, warm: Warm) -
     ]
     (ids, scores), (whole_ids, whole_scores) = answers
     np.testing.assert_array_equal(ids, whole_ids)
-    # Only the unbroken one was turned onto a version before it, which rounds anew.
+    # Only the unbroken one was rotated to an earlier version, which rounds its scores again.
     np.testing.assert_allclose(scores, whole_scores, rtol=1e-6)
 
 

@@ -130,7 +130,7 @@ def finished(request: pytest.FixtureRequest) -> Finished:
 
 
 def numbers(folder: Path) -> dict[str, Any]:
-    """Returns the metrics that must come out the same again: all but where the export lies."""
+    """Returns the metrics that equal runs share: all but the folder of the export."""
     metrics = read_record(folder / "metrics.json")
     return {name: value for name, value in metrics.items() if name != "export_folder"}
 
@@ -203,7 +203,7 @@ def test_metrics_have_the_documented_form(finished: Finished) -> None:
     text = (finished.folder / "metrics.json").read_text()
     metrics = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert set(metrics.pop("sha256")) == {"metrics.json"}
-    # What differs between equal runs lies beside it.
+    # Values that differ between equal runs are in a file beside it.
     steps = read_record(finished.folder / "steps.json")
     assert set(steps) == {"date", "notes", "seconds"}
     assert {**steps, **metrics} == json.loads(json.dumps(finished.metrics))

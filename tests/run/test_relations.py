@@ -1,4 +1,4 @@
-"""A whole run on a log, and on the same log told otherwise: the same metrics and answers."""
+"""A whole run on a log, and on the same log in another form: the same metrics and answers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +38,12 @@ class Done:
     model: tp.LoadedRetriever
 
     def numbers(self, *names: str) -> dict[str, Any]:
-        """Returns what follows from the log, or some of it."""
+        """Returns the metrics that follow from the log, or those with some names."""
         names = names or ("split", "models", "differences", "other", "training", "index")
         return {name: self.metrics[name] for name in names}
 
     def answers(self, users: list[Any]) -> tuple[list[list[Any]], np.ndarray]:
-        """Returns what users are answered by what the log knows of them."""
+        """Returns the ids and scores that users are answered, by their histories in the log."""
         ids, scores, is_known = self.model.retrieve_user(users, 10)
         assert is_known.all()
         return ids.tolist(), scores
@@ -57,8 +57,8 @@ def finished(
     **data: Any,
 ) -> Done:
     for name, table in {"path": events, "items_path": items}.items():
-        table_of = pa.Table.from_pandas(table, preserve_index=False)
-        data[name] = write(table_of, folder / f"{name}.{suffix}")
+        arrow_table = pa.Table.from_pandas(table, preserve_index=False)
+        data[name] = write(arrow_table, folder / f"{name}.{suffix}")
     data["item_features"] = {"genre": "categorical"}
     settings: dict[str, Any] = {"split": {"kind": "last_share", "test": 0.2, "validation": 0.1}}
     settings["evaluation"] = {"baselines": ["popularity", "itemknn"]}
@@ -94,9 +94,9 @@ def test_rows_times_and_names_that_move_in_order_change_no_number(
     other = finished(tmp_path, events, renamed(ITEMS.sample(frac=1, random_state=1)))
     assert other.numbers() == done.numbers()
     ids, scores = done.answers(USERS)
-    found, others = other.answers([in_text(user) for user in USERS])
-    assert found == [[in_text(id_) for id_ in line] for line in ids]
-    np.testing.assert_array_equal(others, scores)
+    other_ids, other_scores = other.answers([in_text(user) for user in USERS])
+    assert other_ids == [[in_text(id_) for id_ in line] for line in ids]
+    np.testing.assert_array_equal(other_scores, scores)
 
 
 def in_text(id_: int) -> str:

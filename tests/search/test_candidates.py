@@ -265,14 +265,14 @@ def test_a_filter_takes_numbers_and_booleans_as_the_items_have_them() -> None:
 
 def test_a_text_of_several_values_chooses_each_as_the_item_table_has_them() -> None:
     values = FilterValues(["Sport", "Yoga", "R|B"], "|")
-    for asked, codes in (
+    for texts, codes in (
         (["Sport|Yoga"], [1, 2]),
         (["Yoga | Golf|"], [2]),
         (["R|B"], [3]),  # A value of its own.
         (["Sport;Yoga"], []),
         (["|"], []),
     ):
-        chosen = values.choose(asked)
+        chosen = values.choose(texts)
         assert chosen is not None
         assert np.flatnonzero(chosen).tolist() == codes
 

@@ -92,7 +92,7 @@ def test_a_server_goes_on_without_its_file_of_events(
         assert of_events(caplog) == ["The events can be read again."]
         counted["outcome"] = "confirmed"
         assert running.metric("tfrs_events_total", **counted) == num_confirmed + 1
-    assert len(Journal(films).of_users([102])[102]) == 2
+    assert len(Journal(films).events_by_user([102])[102]) == 2
 
 
 def test_a_version_is_loaded_while_events_cannot_be_read(films: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_damaged_file_makes_way_for_another(films: Path) -> None:
         assert ask(running)[0][0] == others[0]
         assert send(running, event(102, others[1])).status_code == 200
         assert others[1] not in ask(running)[0]
-    assert [e.item_id for e in Journal(films).of_users([102])[102]] == [first, others[1]]
+    assert [e.item_id for e in Journal(films).events_by_user([102])[102]] == [first, others[1]]
 
 
 def test_nothing_is_written_to_a_file_whose_damage_is_known(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_nothing_is_written_to_a_file_whose_damage_is_known(tmp_path: Path) -> N
     journal, click = Journal(tmp_path, watch := Watch()), Event(7, 1, 10, "clicked", None, None)
     journal.write([[click]])
     watch.failed(Damaged("one page"), journal._stamp(), is_writer=False)
-    assert [*journal.of_users([7])] == [7]
+    assert [*journal.events_by_user([7])] == [7]
     with pytest.raises(Damaged, match="one page"):
         journal.another().write([[click._replace(time=2)]])
     assert watch.unreadable == "one page"  # A page that can be read says nothing of the others.
@@ -148,7 +148,7 @@ def test_another_file_leaves_a_line_in_the_log(
 
     def told() -> list[str]:
         for other in (*others, journal):
-            other.of_users([7])
+            other.events_by_user([7])
         messages = [record.getMessage() for record in caplog.records]
         caplog.clear()
         return messages
@@ -200,5 +200,5 @@ def test_a_deletion_needs_no_room_in_the_folder_of_temporary_files(
     with largest_file(size // 2), pytest.raises(StorageError) as caught:
         journal.forget([1])
     assert f"takes up to {2 * size / 1e6:.1f} MB more in {tmp_path}" in str(caught.value)
-    assert journal.of_users([1]) == {}
+    assert journal.events_by_user([1]) == {}
     assert journal.forget([1]) == [0]

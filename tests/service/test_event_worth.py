@@ -1,4 +1,4 @@
-"""Types of events, weights and sessions of a model's own log go through service as they are."""
+"""Service keeps the types of events, weights and sessions that the training log has."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ START = 1_780_000_000  # In 2026.
 
 
 def shop_of(films: Path, types: Mapping[str, Any] = TYPES) -> Path:
-    """Makes the log of a model one whose types of events have weights."""
+    """Gives types with weights to the training log of a model."""
     path = films / "1" / MANIFEST_FILE
     manifest = json.loads(path.read_text())
     names = [name for name in manifest.pop("sha256") if name != path.name]
@@ -141,7 +141,7 @@ def test_types_of_one_moment_are_kept_apart_and_repeats_are_not_new(films: Path)
     assert model.record([*kinds, {**same, "item_id": other, "type": "clicked"}]) == 4
     assert model.record([*kinds, {**same, "item_id": other, "type": "click"}]) == 0
     assert model.record(kinds[::-1]) == 0
-    (events,) = Journal(films).of_users([9_000]).values()
+    (events,) = Journal(films).events_by_user([9_000]).values()
     written = {(event.item_id, event.event, event.weight, event.type) for event in events}
     assert written == {
         (item, None, None, "clicked"),
@@ -164,16 +164,16 @@ def test_what_was_served_and_what_stages_say_has_a_word(films: Path, tmp_path: P
     journal.write([events], [answer("a", [1], [[3, 10, 24]], START * 1000)])
     assert write_log(films, path) == 4
     rows = pq.read_table(path).to_pylist()
-    said = {(row["item_id"], row["event"], row["request_id"], row["rank"]) for row in rows}
-    assert said == {
+    written = {(row["item_id"], row["event"], row["request_id"], row["rank"]) for row in rows}
+    assert written == {
         (3, "clicked", "a", 1),
         (10, "view", "a", 2),
         (24, "retrieved", "a", 3),
         (17, "dislike", None, None),
     }
     log = read(path, types)
-    # What the log's settings do not name is dropped, and told.
-    dropped = {each.reason.split("'")[3]: each.num_rows for each in log.dropped}
+    # Types that the log's settings lack are dropped and counted.
+    dropped = {entry.reason.split("'")[3]: entry.num_rows for entry in log.dropped}
     assert dropped == {"view": 1, "dislike": 1}
     stages = log.events.select("item_id", "stage", "weight").to_pyarrow().to_pylist()
     assert {tuple(row.values()) for row in stages} == {(3, "clicked", 2.0), (24, "retrieved", 1.0)}
@@ -205,7 +205,7 @@ def test_a_log_of_stages_has_weights_if_an_event_has(films: Path, tmp_path: Path
         ({"event": "purchase"}, "unknown 'event'"),
     ],
 )
-def test_a_wrong_worth_is_refused(change: dict[str, Any], message: str) -> None:
+def test_a_wrong_type_weight_or_session_is_refused(change: dict[str, Any], message: str) -> None:
     right = {"user_id": 1, "item_id": 2, "type": "purchase", "session_id": 8, "weight": 2}
     types: dict[str, Any] = {"users_are_text": False, "items_are_text": False}
     types["types"] = {
@@ -218,7 +218,7 @@ def test_a_wrong_worth_is_refused(change: dict[str, Any], message: str) -> None:
         "8",
         2,
     )
-    # Click is here what others call a view, so its name is kept.
+    # This log calls a view a click, so the name is kept.
     (event,) = check_events([{**right, "type": "click"}], **types)
     assert (event.type, event.event) == ("exposed", "click")
     with pytest.raises(ValueError, match=f"Event 0: {message}"):
@@ -238,11 +238,11 @@ def test_a_server_takes_the_types_of_its_model(films: Path) -> None:
         refused = send(running, {"events": [bought | {"type": "scroll"}]})
         assert refused.status_code == 400
         assert "must be one of purchase, cart, click" in refused.json()["error"]
-    ((event,),) = Journal(films).of_users([9_000]).values()
+    ((event,),) = Journal(films).events_by_user([9_000]).values()
     assert event[3:] == ("clicked", None, None, "purchase", "s", 2.0)
 
 
-_BEFORE = """
+_OLDER_FILE = """
 PRAGMA journal_mode = WAL;
 CREATE TABLE events (
     user_id NOT NULL, type TEXT NOT NULL, time INTEGER NOT NULL, item_id NOT NULL, request_id TEXT,
@@ -265,39 +265,39 @@ INSERT INTO events VALUES (9000, 'clicked', 1780000000000, 3, 'a', 77, 1);
 INSERT INTO events VALUES (9000, 'exposed', 1780000001000, 10, NULL, NULL, 2);
 INSERT INTO served VALUES (1, 'a', 9000, 1779999999000, 1, '[3, 24]');
 """
-"""A file as the version wrote it whose events had neither types of their own nor weights."""
+"""A file of the release whose events had no types with weights."""
 
 
-def test_a_file_of_before_loses_nothing(films: Path, tmp_path: Path) -> None:
+def test_an_older_file_loses_nothing(films: Path, tmp_path: Path) -> None:
     shop_of(films)
     path, log = Journal(films).path, tmp_path / "log.parquet"
     with contextlib.closing(sqlite3.connect(path)) as old:
-        old.executescript(_BEFORE)
+        old.executescript(_OLDER_FILE)
     before = path.read_bytes()
-    reader = Journal(films)  # Which is open while another process adds the columns.
+    reader = Journal(films)  # Stays open while another process adds the columns.
     first = [
         Event(9000, START * 1000, 3, "clicked", "a", 77),
         Event(9000, START * 1000 + 1000, 10, "exposed", None, None),
     ]
-    assert reader.of_users([9000]) == {9000: first}
+    assert reader.events_by_user([9000]) == {9000: first}
     assert write_log(films, log) == 3
     words = pq.read_table(log)["event"].to_pylist()
     assert words == ["retrieved", "click", "view"]
-    assert path.read_bytes() == before  # Who reads changes nothing.
+    assert path.read_bytes() == before  # A reader changes nothing.
     bought = {"user_id": 9000, "item_id": 24, "type": "purchase", "time": START + 9, "weight": 4}
     model = load(films)
     assert model.record([bought]) == 1
     again = {"user_id": 9000, "item_id": 3, "type": "click", "time": START}
     assert model.record([again]) == 0
     last = Event(9000, START * 1000 + 9000, 24, "clicked", None, None, "purchase", None, 4.0)
-    assert reader.of_users([9000]) == {9000: [*first, last]}
+    assert reader.events_by_user([9000]) == {9000: [*first, last]}
     assert write_log(films, log) == 4
     assert pq.read_table(log)["weight"].to_pylist() == [1.0, 1.0, 1.0, 4.0]
-    # The version before still reads and writes the file, in its own columns.
+    # The older release still reads and writes the file, in the columns that it knows.
     with contextlib.closing(sqlite3.connect(path)) as old, old:
         old.execute(
             "INSERT INTO events (user_id, time, item_id, type, request_id, event_id, arrival) "
             "VALUES (9000, 1780000020000, 31, 'clicked', NULL, 78, 9)"
         )
-    assert [event.item_id for event in reader.of_users([9000])[9000]] == [3, 10, 24, 31]
+    assert [event.item_id for event in reader.events_by_user([9000])[9000]] == [3, 10, 24, 31]
     assert Journal(films).forget([9000]) == [5]

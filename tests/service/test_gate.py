@@ -71,7 +71,7 @@ def log_of(slots: Any, kind: str) -> tp.Log:
 
 
 def whole(log: tp.Log) -> Any:
-    """Stands for a split whose test is of no matter."""
+    """Makes a split whose test does not matter."""
     return SimpleNamespace(log=log, before_test=log)
 
 
@@ -104,7 +104,7 @@ def test_a_request_feature_of_another_kind_by_now_says_nothing(
 def test_users_have_their_features_in_a_version_without_user_data(
     model: tp.FittedTwoTower, user_data: bool, tmp_path: Path
 ) -> None:
-    """They are given as in requests, whatever their type; a log without them lacks them."""
+    """Features are read from the log, as in requests, whatever their type."""
     log = log_of([0, 1, 2], "numeric")
     tp.export(model, tmp_path / "m", index=tp.Exact(), user_data=user_data)
     queries: list[tp.Query] = [{"user_id": user, "history": [1, 2]} for user in (7, 3, 9, 0, 2)]

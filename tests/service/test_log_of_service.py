@@ -411,7 +411,7 @@ def test_views_push_out_no_click_and_no_dislike(
     retriever.record(
         [event(999, 3 + 7 * (n % 50), types.get(n, "view"), time=start + n) for n in range(200)]
     )
-    (events,) = Journal(films).of_users([999]).values()
+    (events,) = Journal(films).events_by_user([999]).values()
     assert [e.type for e in events] == ["disliked", "clicked", *["exposed"] * 10]
     assert [e.time for e in events] == sorted(e.time for e in events)
     assert not {3, 10} & {*retriever.retrieve_user([999], 60)[0][0].tolist()}
@@ -458,7 +458,7 @@ def test_a_model_of_the_log_does_not_count_its_events_twice(films: Path, tmp_pat
     log = Log.from_files(tmp_path / "log.parquet")
     last = log.events["timestamp"].max().to_pyarrow().as_py()
     # The time that an export notes as the end of its histories is exactly that of the last event.
-    (newest, *_) = Journal(films).of_users([100])[100][::-1]
+    (newest, *_) = Journal(films).events_by_user([100])[100][::-1]
     assert round(1000 * last.timestamp()) == newest.time
 
 
@@ -482,7 +482,9 @@ def test_the_command_drops_what_is_old(films: Path, tmp_path: Path, command: Any
     # The file is written first, so that no row is lost between the two.
     assert pq.read_metadata(tmp_path / "log.parquet").num_rows == 5 + 2 * 2
     assert "log.parquet: 9 rows\ndropped  2 events and 1 answer from before 20" in done.out
-    assert [round((now - e.time / 1000) / day) for e in Journal(films).of_users([100])[100]] == [
+    assert [
+        round((now - e.time / 1000) / day) for e in Journal(films).events_by_user([100])[100]
+    ] == [
         9,
         1,
         0,
@@ -517,7 +519,7 @@ def test_no_log_is_replaced_once_rows_were_dropped(
     with pytest.raises(ValueError, match="replacing the file may lose them"):
         write_log(films, out)
     assert out.read_bytes() == whole
-    assert [e.item_id for e in Journal(films).of_users([100])[100]] == [7, 5, 9]
+    assert [e.item_id for e in Journal(films).events_by_user([100])[100]] == [7, 5, 9]
     # A file for each night, as the message says: together they have each row, once.
     assert command(*flags, out.with_name("log-2.parquet")).code == 0
     log = Log.from_files(out.parent, reading=Reading(duplicates="drop"))
@@ -574,7 +576,7 @@ def test_what_a_ranker_did_is_no_act_of_a_user(films: Path) -> None:
     load(films).record([event(100, n, type_, time=1e9 + n) for n, type_ in enumerate(types)])
     load(films).record([event(101, 1, "retrieved", time=1e9)])
     journal = Journal(films)
-    (events,) = journal.of_users([100, 101]).values()
+    (events,) = journal.events_by_user([100, 101]).values()
     assert [event.type for event in events] == ["clicked", "exposed", "disliked"]
     assert journal.user_ids() == [100]
 
@@ -595,7 +597,7 @@ def test_an_old_event_that_comes_while_the_log_is_written_is_kept(
     flags = ["--out", tmp_path / "log.parquet", "--drop-older-days", 10]
     done = command("log", films, *flags)
     assert "1 row\ndropped  1 event and 0 answers" in done.out
-    assert [*Journal(films).of_users([100, 101])] == [101]
+    assert [*Journal(films).events_by_user([100, 101])] == [101]
 
 
 def test_what_cannot_be_written_is_refused_at_the_start(

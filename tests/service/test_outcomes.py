@@ -1,4 +1,4 @@
-"""What became of each version's answers: counts against a loop, intervals against a bootstrap."""
+"""Clicks on each version's answers: counts against a loop, intervals against a bootstrap."""
 
 import re
 from collections import Counter
@@ -63,12 +63,12 @@ def test_counts_are_those_of_a_loop_and_intervals_those_of_a_bootstrap(films: Pa
         for (_, rank), num in shown.items():
             expected[rank] += num
         assert outcome.ranks == expected
-        of = [answer for answer in answers if answer.version == outcome.version]
-        assert outcome.num_answers == len(of)
-        assert outcome.num_users == len({answer.user_ids[0] for answer in of})
+        version_answers = [answer for answer in answers if answer.version == outcome.version]
+        assert outcome.num_answers == len(version_answers)
+        assert outcome.num_users == len({answer.user_ids[0] for answer in version_answers})
         assert outcome.num_clicks == shown.total() > 100
-        assert outcome.clicks.mean == pytest.approx(shown.total() / len(of))
-        num_answers = Counter(int(answer.user_ids[0]) for answer in of)
+        assert outcome.clicks.mean == pytest.approx(shown.total() / len(version_answers))
+        num_answers = Counter(int(answer.user_ids[0]) for answer in version_answers)
         num_clicks = Counter[int]()
         for (user, _), num in shown.items():
             num_clicks[user] += num
@@ -81,13 +81,13 @@ def test_counts_are_those_of_a_loop_and_intervals_those_of_a_bootstrap(films: Pa
     table = np.array([[[n[user] for user in everyone] for n in pair] for pair in users])
     draws = table[:, :, rng.integers(0, len(everyone), (2_000, len(everyone)))].sum(axis=-1)
     rates = draws[:, 1] / draws[:, 0]
-    for found, drawn in (
+    for interval, drawn in (
         (old.clicks, rates[0]),
         (new.clicks, rates[1]),
         (new.gain, rates[1] - rates[0]),
     ):
         # Of 2,000 draws, a standard deviation has a relative error of about 1.6%.
-        assert (found.high - found.low) / (2 * 1.96) == pytest.approx(drawn.std(), rel=0.08)
+        assert (interval.high - interval.low) / (2 * 1.96) == pytest.approx(drawn.std(), rel=0.08)
 
 
 def test_what_is_too_little_has_no_interval(films: Path) -> None:
@@ -113,16 +113,16 @@ def test_a_line_says_how_many_clicks_are_at_which_ranks(films: Path) -> None:
     )
 
 
-def test_the_command_says_it(films: Path, command: Any) -> None:
+def test_the_command_prints_the_outcomes(films: Path, command: Any) -> None:
     shown = command("log", str(films)).out
-    assert shown == "No answer is recorded: serve it with --record-share.\n"
+    assert shown == "No answer is recorded: serve the model with --record-share.\n"
     answers, events = traffic()
     Journal(films).write([events], answers)
-    said = " ".join(command("log", str(films)).out.split())
+    printed = " ".join(command("log", str(films)).out.split())
     old, new = outcomes(films)
-    assert said == f"{old} {new}"
+    assert printed == f"{old} {new}"
     assert re.search(
-        r"; [+-]\d\.\d{4} \[[+-]\d\.\d{4}, [+-]\d\.\d{4}\] beside the version before", said
+        r"; [+-]\d\.\d{4} \[[+-]\d\.\d{4}, [+-]\d\.\d{4}\] against the version before", printed
     )
 
 

@@ -236,17 +236,17 @@ def test_a_deleted_user_is_gone_from_the_file(tmp_path: Path) -> None:
         ]
         journal.write([events])
     reader = Journal(tmp_path)
-    assert reader.of_users(users)
+    assert reader.events_by_user(users)
     deleted = users[::8]
-    num_events = sum(map(len, reader.of_users(deleted).values()))
+    num_events = sum(map(len, reader.events_by_user(deleted).values()))
     assert num_events == sum(journal.forget(deleted[:20])) + sum(journal.forget(deleted[20:]))
     content = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert [user for user in deleted if user.encode() in content] == []
-    assert reader.of_users(deleted) == {}
-    assert len(reader.of_users(users)) > 300
+    assert reader.events_by_user(deleted) == {}
+    assert len(reader.events_by_user(users)) > 300
     # An id with spaces around it is that of the user whose events were recorded without them.
     assert journal.forget([10**30, f" {users[1]} ", users[1]])[::2] == [0, 0]
-    assert reader.of_users(users[1:2]) == {}
+    assert reader.events_by_user(users[1:2]) == {}
     # An answer is recorded with the id that was asked.
     journal.write([], [Answer("r", 1, 1, np.array([" a "], object), np.array([[7]]))])
     assert journal.forget(["a"]) == [0]
@@ -301,7 +301,7 @@ def test_the_file_may_be_deleted_restored_or_damaged(films: Path, tmp_path: Path
 
 def test_a_file_of_another_version_is_named(films: Path, tmp_path: Path) -> None:
     uses: dict[str, Callable[[Journal], object]] = {
-        "ALTER TABLE events DROP COLUMN arrival": lambda journal: journal.of_users([7]),
+        "ALTER TABLE events DROP COLUMN arrival": lambda journal: journal.events_by_user([7]),
         "DROP TABLE served": lambda journal: [*journal.log(10)],
         "PRAGMA application_id = 9": lambda journal: journal.write([[first]]),
         "PRAGMA application_id = 0": lambda journal: journal.write([[first]]),
@@ -438,7 +438,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"user_id": -1}, "user_id: is not an id"),
     ({"item_id": 2**63}, "item_id: Input should be less than"),
     ({"item_id": None}, "item_id: Input should be a valid integer"),
-    ({"item": 7}, "unknown 'item'; it has user_id, time, item_id"),
+    ({"item": 7}, "unknown 'item'; the keys are user_id, time, item_id"),
     ({"event_id": ""}, "event_id: String should have at least 1"),
     ({"request_id": "x" * 201}, "request_id: String should have at most 200"),
 ]
@@ -484,7 +484,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     groups = [[Event(7, 1, 10, "clicked", None, None)], [Event(7, 2, unfit, "clicked", None, None)]]
     with pytest.raises(Damaged, match="not supported"):
         Journal(tmp_path).write(groups)
-    assert Journal(tmp_path).of_users([7]) == {}
+    assert Journal(tmp_path).events_by_user([7]) == {}
 
 
 def test_what_comes_together_is_written_together(
@@ -536,13 +536,13 @@ def test_users_deleted_together_share_a_rewrite(
     later = [recorder.forget(user) for user in (1, 2, 3, 2)]
     late = recorder.submit([Event(0, 999, 7, "clicked", None, None)])
     assert recorder.served_lately([0], Lately(answers=2), 9) == [[]]
-    assert [*Journal(tmp_path).of_users(range(9))] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [*Journal(tmp_path).events_by_user(range(9))] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert not any(future.done() for future in (first, *later, late))
     goes_on.set()
     assert first.result(5) == 10
     assert [future.result(5) for future in later] == [10, 10, 10, 0]
     assert (late.result(5), len(rewrites)) == (1, 2)
-    assert [*Journal(tmp_path).of_users(range(9))] == [0, 4, 5, 6, 7, 8]
+    assert [*Journal(tmp_path).events_by_user(range(9))] == [0, 4, 5, 6, 7, 8]
     # A rewrite that fails confirms nobody; the next one rewrites for them too.
     monkeypatch.setattr(Journal, "_rewrite", lambda _: (_ for _ in ()).throw(StorageError("full")))
     failed = [recorder.forget(4), recorder.forget(5)]
@@ -551,7 +551,7 @@ def test_users_deleted_together_share_a_rewrite(
             future.result(5)
     monkeypatch.setattr(Journal, "_rewrite", real)
     assert recorder.forget(4).result(5) == 0
-    assert [*Journal(tmp_path).of_users(range(9))] == [0, 6, 7, 8]
+    assert [*Journal(tmp_path).events_by_user(range(9))] == [0, 6, 7, 8]
 
 
 def ids_of(running: Running, user: int) -> list[int]:

@@ -48,7 +48,7 @@ class LiveGraph(ItemGraph):
             near: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
             for user_id, user in zip(users, self._users.now(users), strict=True):
                 rows = self._items.rows(user.history).tolist()
-                seconds = np.nan_to_num(user.clicked).astype(int).tolist()
+                seconds = np.nan_to_num(user.click_times).astype(int).tolist()
                 keys, new = [*zip(user.history, seconds, strict=True)], clicks[user_id]
                 for place in reversed(range(len(keys))):  # Of equal keys, the last ones are new.
                     if new[keys[place]]:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 # Rows in memory at a time, and per row group of the file.
 BLOCK = 100_000
-_OF_TYPES = "event", "session_id"  # Columns of a log whose types of events have weights.
+# Columns of a log whose types of events have weights, in place of `stage`.
+_TYPED_COLUMNS = "event", "session_id"
 _TYPES: dict[str, pa.DataType | None] = {
     **dict.fromkeys(("user_id", "item_id")),  # As they were recorded: int64 or string.
     "timestamp": pa.timestamp("ms", tz="UTC"),
@@ -37,12 +38,12 @@ def write_log(model: "str | Path | LoadedRetriever", path: str | Path) -> int:
     Each item of a request is a row: `user_id`, `item_id`, `timestamp`, `stage`, `request_id` and
     its `rank` in the answer, from 1. An item that was served is "retrieved", one that was shown
     "exposed", a clicked one "clicked", a disliked one "disliked"; other stages are those that were
-    recorded. The furthest one counts. Events without a request have no `request_id`. If an event
-    has a weight, there is a column `weight`, 1 for the others.
+    recorded. The furthest one counts. Events without a request have no `request_id`. If any event
+    has a weight, a column `weight` holds it, and 1 for the others.
 
-    Where the model's own log had types of events with weights, each event is a row, as that log's
-    settings read it: `event` (its type, or "retrieved" for an item that was served and has no
-    event), `session_id` and `weight` stand in place of `stage`.
+    If the model's training log had types of events with weights, each event is a row, as that log's
+    settings read it. `event`, `session_id` and `weight` replace `stage`; `event` is the event's
+    type, or "retrieved" for an item that was served and has no event.
 
     Args:
         model: The folder of a model or of a version, or the loaded model.
@@ -71,30 +72,31 @@ def write_log(model: "str | Path | LoadedRetriever", path: str | Path) -> int:
             f"file may lose them. Give another path, such as {today}, or move the file away."
         )
     types = event_types(read_record(version / MANIFEST_FILE, check_files=False))
-    names = [name for name in _TYPES if name not in (("stage",) if types else _OF_TYPES)]
-    blocks = journal.log(BLOCK, _words(types) if types else None)
+    names = [name for name in _TYPES if name not in (("stage",) if types else _TYPED_COLUMNS)]
+    blocks = journal.log(BLOCK, _stage_words(types) if types else None)
     if (block := next(blocks, None)) is None:
         raise ValueError(
             f"Nothing has been recorded, or all was dropped: there is no event in {journal.path}. "
             "Send events to the server, or call `record`."
         )
-    ids = (pa.string() if isinstance(id_, str) else pa.int64() for id_ in block[0])
-    schema = pa.schema([(name, _TYPES[name] or next(ids)) for name in names])
-    kept = [name for name in names if name != "weight" or types or journal.has_weights()]
-    written = pa.schema([schema.field(name) for name in kept])
-    with replacing(path) as partial, pq.ParquetWriter(partial, written) as file:
+    # The first row decides: ids of one column are all text, or all integers.
+    id_types = (pa.string() if isinstance(id_, str) else pa.int64() for id_ in block[0])
+    schema = pa.schema([(name, _TYPES[name] or next(id_types)) for name in names])
+    written_names = [n for n in names if n != "weight" or types or journal.has_weights()]
+    written_schema = pa.schema([schema.field(name) for name in written_names])
+    with replacing(path) as partial, pq.ParquetWriter(partial, written_schema) as file:
         for rows in itertools.chain([block], blocks):
             columns = zip(schema, zip(*rows, strict=True), strict=True)
             arrays = [pa.array(values, field.type) for field, values in columns]
-            file.write_table(pa.table(arrays, schema=schema).select(kept))
+            file.write_table(pa.table(arrays, schema=schema).select(written_names))
             num_rows += len(rows)
     return num_rows
 
 
-def _words(types: Mapping[str, Any]) -> dict[str, str]:
-    """Returns what a log with these types calls the stages of events without a type of their own.
+def _stage_words(types: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the name in column `event` of each stage, for events that have no type of `types`.
 
-    A log that has neither name drops them, and says so.
+    The log's reader drops names that its `event_weights` lacks, and reports them.
     """
     words = {stage: word for word, stage in WORDS.items() if stage not in types}
     return {stage.value: words.get(stage, stage.value) for stage in Stage}

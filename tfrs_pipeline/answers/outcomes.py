@@ -1,4 +1,4 @@
-"""Says what became of the answers of each version: how many were clicked, and at which ranks."""
+"""Counts the clicks on recorded answers by version and rank, with intervals over users."""
 
 import math
 from collections import Counter, defaultdict
@@ -14,24 +14,24 @@ from tfrs_pipeline.records.journal import Journal
 if TYPE_CHECKING:
     from tfrs_pipeline.answers.retriever import LoadedRetriever
 
-_Z = 1.96  # Of a 95% interval.
-_STEPS = 1, 3, 10  # The last ranks of the groups that the text counts.
+_Z = 1.96  # Standard errors on either side of a 95% interval.
+_LAST_RANKS = 1, 3, 10  # The last rank of each group that the text counts.
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the recorded answers of a version.
+    """The clicks on the recorded answers of a version.
 
     Attributes:
-        version: Its number.
+        version: Number of the version.
         num_answers: Number of answers to users with an id.
         num_users: Number of these users.
-        num_clicks: Number of clicked items, each once an answer; see `write_log` for which belong
-            to an answer.
+        num_clicks: Number of clicked items, each counted once an answer. A click belongs to the
+            answer whose `request_id` it brings.
         ranks: Number of clicked items by rank in the answer, from 1.
-        clicks: Clicked items an answer, with the 95% interval over users.
-        gain: `clicks` less those of the version with answers before it, with its interval; None
-            for the first one.
+        clicks: Clicked items per answer, with the 95% interval over users.
+        gain: `clicks` minus that of the previous version with answers, with its 95% interval; None
+            for the first version.
     """
 
     version: int
@@ -43,37 +43,41 @@ class Outcome:
     gain: Interval | None
 
     def __str__(self) -> str:
-        """Returns the outcome in a line."""
+        """Returns the outcome in one line."""
         groups = Counter(
-            next((step for step in _STEPS if rank <= step), 0) for rank in self.ranks.elements()
+            next((last for last in _LAST_RANKS if rank <= last), 0)
+            for rank in self.ranks.elements()
         )
-        first, last = 1, []
-        for step in _STEPS:
-            where = f"{first}" if first == step else f"{first} to {step}"
-            last.append(f"{groups[step]:,} at {where}")
-            first = step + 1
+        first, by_rank = 1, []
+        for last in _LAST_RANKS:
+            ranks = f"{first}" if first == last else f"{first} to {last}"
+            by_rank.append(f"{groups[last]:,} at {ranks}")
+            first = last + 1
         text = (
             f"version {self.version}: {counted(self.num_answers, 'answer')} to "
             f"{counted(self.num_users, 'user')}, {counted(self.num_clicks, 'click')}, "
-            f"{self.clicks.written()} an answer; by rank {', '.join(last)}, {groups[0]:,} further"
+            f"{self.clicks.written()} an answer; by rank {', '.join(by_rank)}, "
+            f"{groups[0]:,} further"
         )
-        return (
-            text
-            if self.gain is None
-            else f"{text}; {self.gain.written('+')} beside the version before"
-        )
+        if self.gain is None:
+            return text
+        return f"{text}; {self.gain.written('+')} against the version before"
 
 
 def outcomes(model: "str | Path | LoadedRetriever") -> list[Outcome]:
-    """Counts what became of the recorded answers of a model, by version, in ascending order.
+    """Counts the clicks on the recorded answers of a model, by version.
 
-    An interval takes users as what was drawn: a user's answers are not independent. It is that of a
-    ratio of sums by its linearization (the delta method), and of the difference of two ratios,
-    where a user may have answers of both. Versions that served at different times differ by the
-    time too; see the guide to watching for two at one time.
+    Clicks per answer are a ratio of two sums over users. The delta method linearizes the ratio and
+    gives its interval. Users are the sampled units, because answers to one user depend on each
+    other. A gain is the difference of two ratios; a user with answers of both versions counts in
+    both. Versions that served at different times differ by the time too: to compare models, serve
+    two versions at once (docs/guides/watching.md).
 
     Args:
         model: The folder of a model or of a version, or the loaded model.
+
+    Returns:
+        An outcome per version with recorded answers, by ascending number; [] if there are none.
 
     Raises:
         Damaged: If the file of events is damaged.
@@ -88,32 +92,36 @@ def outcomes(model: "str | Path | LoadedRetriever") -> list[Outcome]:
     answers: defaultdict[int, Counter[Any]] = defaultdict(Counter)
     clicks: defaultdict[int, Counter[Any]] = defaultdict(Counter)
     ranks: defaultdict[int, Counter[int]] = defaultdict(Counter)
-    for number, user_id, num in journal.num_answers():
+    for number, user_id, num in journal.answer_counts():
         answers[number][user_id] = num
-    for number, user_id, rank in journal.clicks_of_answers():
+    for number, user_id, rank in journal.answer_clicks():
         clicks[number][user_id] += 1
         ranks[number][rank] += 1
-    found = list[Outcome]()
-    before: dict[Any, float] = {}
+    by_version = list[Outcome]()
+    shares_before: dict[Any, float] = {}
     for number, num_by_user in sorted(answers.items()):
         num, num_clicks = num_by_user.total(), clicks[number].total()
         rate = num_clicks / num
-        # How each user moves the ratio: its linearization.
+        # How far each user moves the ratio, linearized.
         shares = {user: (clicks[number][user] - rate * n) / num for user, n in num_by_user.items()}
         gain = None
-        if found:
-            moves = [shares.get(user, 0) - before.get(user, 0) for user in {**shares, **before}]
-            gain = _interval(rate - found[-1].clicks.mean, moves)
+        if by_version:
+            users = {**shares, **shares_before}
+            moves = [shares.get(user, 0) - shares_before.get(user, 0) for user in users]
+            gain = _interval(rate - by_version[-1].clicks.mean, moves)
         per_answer = _interval(rate, [*shares.values()])
         counts = num, len(num_by_user), num_clicks, ranks[number]
-        found.append(Outcome(number, *counts, per_answer, gain))
-        before = shares
-    return found
+        by_version.append(Outcome(number, *counts, per_answer, gain))
+        shares_before = shares
+    return by_version
 
 
 def _interval(value: float, moves: list[float]) -> Interval:
-    """Returns a value with the 95% interval of the sum of independent moves around it."""
+    """Returns a value with its 95% interval, where it varies by a sum of independent moves.
+
+    With fewer than two moves, the interval is NaN.
+    """
     if len(moves) < 2:
         return Interval(value, math.nan, math.nan)
-    half = _Z * math.sqrt(sum(move**2 for move in moves) * len(moves) / (len(moves) - 1))
-    return Interval(value, value - half, value + half)
+    half_width = _Z * math.sqrt(sum(move**2 for move in moves) * len(moves) / (len(moves) - 1))
+    return Interval(value, value - half_width, value + half_width)

@@ -253,10 +253,10 @@ class LoadedRetriever:
 
         Args:
             events: Mappings of `user_id`, `item_id` and `type`: "click", "view" (shown), "dislike",
-                a stage of a log, or a type of the model's own log (`event_weights`). Optional are
+                a stage of a log, or a type of the training log (`event_weights`). Optional are
                 `time` (a datetime with a zone, ISO 8601, or seconds since 1970; default: now),
-                `request_id` (of the answer that it belongs to), `event_id`, the client's own, which
-                makes a repeat harmless, `session_id`, and `weight`, an amount as in the log.
+                `request_id` (of the answer that it belongs to), `event_id` (the client's; makes a
+                repeat harmless), `session_id`, and `weight` (an amount as in the log).
 
         Returns:
             How many of the events are new.
@@ -331,7 +331,7 @@ class LoadedRetriever:
         return self.live.write(self.live.prepare(removed=item_ids))[1]
 
     def broken(self) -> list[str]:
-        """Returns what does not hold of the candidates and live items, though it always should."""
+        """Returns the violated invariants of candidates and live items, a line each."""
         live = () if self._live is None else self._live.broken()
         return [*self.candidates.broken(), *live]
 

@@ -25,8 +25,8 @@ class UserNow(NamedTuple):
         known: Ids of items that the version holds as known, and of the events that make an item
             known by its rule; `left_out` decides.
         disliked: Ids of items that the user disliked, before the end of the log or since.
-        clicked: When each item of the history was clicked; `times` is earlier where what was shown
-            and clicked is one event.
+        click_times: When each item of the history was clicked, in the unit of `times`. `times` is
+            earlier if a view and a click of one request count as one event.
         is_known: Whether the training, or an event since, had the user.
     """
 
@@ -34,19 +34,24 @@ class UserNow(NamedTuple):
     times: np.ndarray
     known: list[Any]
     disliked: list[Any]
-    clicked: np.ndarray
+    click_times: np.ndarray
     is_known: bool
 
 
 def _once_a_visit(events: Sequence[Event]) -> list[tuple[Event, Event]]:
-    """Returns a user's clicks, each item once a visit, oldest first: the first event and the click.
+    """Returns a user's clicks, oldest first, each item once a visit.
 
-    A log whose types of events have weights merges them in the same way (`data/visits.py`): what
-    was clicked and then bought is one positive.
+    A click is a pair of events: the first one of its request on the item, and the click itself; of
+    a click without a request, the click twice. An item that was clicked and then bought is one
+    positive, as in a log whose types of events have weights (`data/visits.py`).
+
+    Args:
+        events: A user's events, oldest first.
     """
     last: dict[str | None, int] = {}
     num_pauses: Counter[str | None] = Counter()
-    # By item and request, or else each by itself: its first event, the visit, the first click.
+    # By item and request; an event without a request is alone. The values are the first event, its
+    # visit, and the first click.
     firsts: dict[Any, tuple[Event, tuple[str | None, int], Event | None]] = {}
     for number, event in enumerate(events):
         session, second = event.session_id, event.time // 1000
@@ -58,11 +63,12 @@ def _once_a_visit(events: Sequence[Event]) -> list[tuple[Event, Event]]:
         first, visit, click = firsts.setdefault(key, (event, (session, num_pauses[session]), None))
         if event.type == Stage.CLICKED:
             firsts[key] = first, visit, click or event
-    num_of_request = Counter(event.request_id for event, *_ in firsts.values())
+    num_by_request = Counter(event.request_id for event, *_ in firsts.values())
     clicks, seen = list[tuple[Event, Event]](), set[tuple[Any, ...]]()
     for event, visit, click in firsts.values():
         if click is not None:
-            is_mergeable = not event.request_id or num_of_request[event.request_id] == 1
+            # As in training, several items of one request are kept apart.
+            is_mergeable = not event.request_id or num_by_request[event.request_id] == 1
             if not (is_mergeable and (event.item_id, visit) in seen):
                 clicks.append((event, click))
             seen.add((event.item_id, visit))
@@ -106,7 +112,7 @@ class Users:
     def now(self, user_ids: Sequence[Any]) -> list[UserNow]:
         """Returns users as they are now; one without a trace has empty lists."""
         rows = self._stored.user_rows(user_ids)
-        events_by_user = {} if self.journal is None else self.journal.of_users(user_ids)
+        events_by_user = {} if self.journal is None else self.journal.events_by_user(user_ids)
         pairs = zip(rows, user_ids, strict=True)
         return [self._now(row, events_by_user.get(user_id, ())) for row, user_id in pairs]
 
@@ -130,13 +136,13 @@ class Users:
         clicks = [pair for pair in clicks if pair[0].time > self.until]
         history += [first.item_id for first, _ in clicks]
         # Whole seconds, as in training.
-        clicked = np.append(times, [click.time // 1000 for _, click in clicks])
+        click_times = np.append(times, [click.time // 1000 for _, click in clicks])
         times = np.append(times, [first.time // 1000 for first, _ in clicks])
         gone = dict.fromkeys(disliked)  # Each item once.
         is_left = [item_id not in gone for item_id in history]
         history = [*itertools.compress(history, is_left)]
         left = np.array(is_left, bool)
-        return UserNow(history, times[left], known, [*gone], clicked[left], is_known)
+        return UserNow(history, times[left], known, [*gone], click_times[left], is_known)
 
     def left_out(self, user: UserNow) -> list[Any]:
         """Returns the ids that no answer to a user by id holds."""

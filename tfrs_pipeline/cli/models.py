@@ -150,11 +150,11 @@ class Audience(OfModel):
 
 
 class WriteLog(OfModel):
-    """Say what became of each version's answers, and write the log of the next training.
+    """Count the clicks on each version's answers, and write the log of the next training.
 
-    That file is an event table, which --data.path of a run reads as it is: items that the server
+    The file is an event table, which --data.path of a run reads as it is: items that the server
     recorded as served are retrieved, those shown exposed, those clicked clicked, and those
-    disliked disliked. Recorded answers are counted by version, with their clicks.
+    disliked disliked.
     """
 
     out: ParquetPath | None = None
@@ -164,7 +164,7 @@ class WriteLog(OfModel):
     """Delete events and answers that are older than this many days, after the file is written."""
 
     def __call__(self) -> int:
-        """Counts, writes and deletes as asked, and says how many rows."""
+        """Prints the outcomes, then writes and deletes rows as the flags say."""
         from tfrs_pipeline.answers.log_of_service import write_log
         from tfrs_pipeline.answers.outcomes import outcomes
         from tfrs_pipeline.records.journal import Journal
@@ -174,7 +174,7 @@ class WriteLog(OfModel):
         for outcome in by_version:
             say(console, str(outcome))
         if not (by_version or self.out or self.drop_older_days):
-            say(console, "No answer is recorded: serve it with --record-share.")
+            say(console, "No answer is recorded: serve the model with --record-share.")
         written_before = None
         if self.out is not None:
             # An old event that comes while the file is written stays for the next file.

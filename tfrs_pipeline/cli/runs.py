@@ -277,24 +277,24 @@ class Report(Command):
     run: PositionalPath
     """Folder of the run, in which report.html is written."""
     as_json: bool = Field(False, alias="json")
-    """Print the verdict as JSON in place of writing the page: whether the model beats the baselines
-    by request and by user, for a script that makes a list."""
+    """Print the verdicts by request and by user as JSON, and write no page: whether the model beats
+    the baselines."""
 
     def __call__(self) -> int:
-        """Writes the page and prints where, or prints the verdict."""
+        """Writes the page and prints its path, or prints the verdicts."""
         folder = RunFolder(self.run)
         metrics = folder.results()  # Refuses at once, before libraries are imported.
         if self.as_json:
             from tfrs_pipeline.report.verdict import compared_with_baselines
 
-            monitor, said = folder.settings().training.monitor, dict[str, Any]()
+            monitor, verdicts = folder.settings().training.monitor, dict[str, Any]()
             for question in (metrics, metrics.get("other", {})):
                 if "models" in question:
                     verdict = compared_with_baselines(question, monitor)
                     outcome = verdict.outcome and verdict.outcome.value
-                    said[question["asked_by"]] = {"outcome": outcome, "why": verdict.why}
-            of_export = {name: metrics.get(name) for name in ("export_folder", "refusal")}
-            print(json.dumps({**said, **of_export}, indent=2))
+                    verdicts[question["asked_by"]] = {"outcome": outcome, "why": verdict.why}
+            export = {name: metrics.get(name) for name in ("export_folder", "refusal")}
+            print(json.dumps({**verdicts, **export}, indent=2))
             return 0
         from tfrs_pipeline.report.facts import write_report
 

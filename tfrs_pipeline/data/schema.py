@@ -41,9 +41,9 @@ LOG_COLUMNS = (
 PAIR = ["user_id", "item_id"]
 
 PAUSE = 1_800
-"""Seconds without an event that end a visit without a session: usual in web analytics."""
+"""Seconds without an event that end a visit without a session id: usual in web analytics."""
 LONGEST_PAUSE = 86_400
-"""After this many seconds without an event, a session's number stands for a new session."""
+"""Seconds without an event after which a session id means a new session: shops reuse them."""
 MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e9
 """The range of weights that float32 can hold and add up."""
 

@@ -19,10 +19,10 @@ History: TypeAlias = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training has done so far.
+    """The epochs of a training so far.
 
-    `seconds` are wall time. The first step is left out, because it includes TensorFlow's start.
-    They include validation and the earlier parts of a resumed training.
+    `seconds` are wall time, with validation and the earlier parts of a resumed training. They leave
+    out the first step, because it includes TensorFlow's start.
     """
 
     history: History  # One value an epoch, by logged name.
@@ -44,7 +44,7 @@ class TrainingResult:
 def save_epoch(folder: Path, network: TwoTowerNetwork, so_far: TrainingResult) -> None:
     """Saves the last epoch with its record, and removes all others but the best one.
 
-    The record, such as epoch-3.json, is written last: an epoch without a whole one does not count.
+    The record, such as epoch-3.json, is written last: an epoch counts only if its record is whole.
     """
     epoch = so_far.num_epochs
     path = folder / f"epoch-{epoch}"
@@ -93,7 +93,7 @@ def _checkpoint(network: TwoTowerNetwork) -> tf.train.Checkpoint:
 def read_epoch(
     network: TwoTowerNetwork, settings: TrainingSettings, folder: Path, epoch: int
 ) -> TrainingResult:
-    """Compiles a network, gives it a saved epoch, and returns the training up to there.
+    """Compiles a network, restores a saved epoch, and returns the training up to that epoch.
 
     The folder keeps the best epoch and the last one. Raises `Damaged` if a file has changed.
     """

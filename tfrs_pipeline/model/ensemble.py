@@ -59,29 +59,34 @@ class FittedSum(Fitted):
         queries: Sequence[Query],
         dim: int | None = None,
     ) -> "FittedSum":
-        """Sums fitted models; `queries` give the scales of their scores, and the rotation.
+        """Sums fitted models.
 
-        The sum has at most `dim` dimensions; if that is None, as many as the first member.
+        Args:
+            members: The models by name, fitted to one log.
+            weights: Weight of each member, above 0, in units of its `Vectors.spread`.
+            queries: Queries that give the spreads of the scores, and the rotation.
+            dim: Most dimensions of the sum; None is as many as the first member has.
 
-        Raises a `ValueError` if the members have other items, users or features.
+        Raises:
+            ValueError: If the members differ in items, users or features.
         """
         check_members(members)
         vectors = [vectors_of(member, queries) for member in members.values()]
-        scaled = [
-            weights[name] / of_member.spread
-            for name, of_member in zip(members, vectors, strict=True)
+        scaled_weights = [
+            weights[name] / member_vectors.spread
+            for name, member_vectors in zip(members, vectors, strict=True)
         ]
-        joined = projection(vectors, scaled, dim or vectors[0].candidates.shape[1])
+        joined = projection(vectors, scaled_weights, dim or vectors[0].candidates.shape[1])
         return cls(members, weights, joined, next(iter(members.values())).log)
 
     @property
     def first(self) -> Any:
-        """The first member: in a run, the best alone."""
+        """The first member: in a run, the best single model."""
         return next(iter(self.members.values()))
 
     @property
     def result(self) -> TrainingResult:
-        """How the training of the first member went."""
+        """The training of the first member."""
         return self.first.result
 
     def __repr__(self) -> str:
@@ -125,7 +130,7 @@ class FittedSum(Fitted):
         all_times = (member.history_times for member in members)
         history_times = next((times for times in all_times if times is not None), None)
         merged: dict[str, Any] = {
-            side: tuple({x.name: x for member in members for x in getattr(member, side)}.values())
+            side: tuple({f.name: f for member in members for f in getattr(member, side)}.values())
             for side in _SIDES
         }
         return dataclasses.replace(
@@ -136,21 +141,21 @@ class FittedSum(Fitted):
             history_times=history_times,
             has_item_bias=self.projection.has_bias,
             query_columns={
-                name: x for member in members for name, x in member.query_columns.items()
+                name: column for member in members for name, column in member.query_columns.items()
             },
             **merged,
         )
 
 
 def _features_argument(features: Iterable[Feature], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the argument `features` of a member, with those that it reads; {} if it has none."""
+    """Returns the argument `features` with those that a member reads; {} if it reads none."""
     encoded = inputs.get("features") or {}
     names = [feature.name for feature in features if feature.name in encoded]
     return feature_argument({name: encoded[name] for name in names})
 
 
 def vectors_of(member: Fitted, queries: Sequence[Query], items: Ids | None = None) -> Vectors:
-    """Embeds queries with a member, and its candidates, or `items` in their order.
+    """Embeds queries with a member, and its candidates; with `items`, these in their order.
 
     Items that the member lacks get zeros.
     """

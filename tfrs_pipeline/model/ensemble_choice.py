@@ -11,7 +11,7 @@ from tfrs_pipeline.evaluation.metrics import Metric
 from tfrs_pipeline.evaluation.results import difference_text
 from tfrs_pipeline.model.projection import Vectors, projection
 
-# What a further member's score may weigh, in units of its spread; the first has 1.
+# Weights that are tried for a further member, in units of its spread; the first one has 1.
 WEIGHTS = (0.3, 0.6, 1.0)
 # On fewer queries every member weighs 1, since noise would choose among the weights.
 MIN_QUERIES = 100
@@ -19,15 +19,15 @@ MIN_QUERIES = 100
 
 @dataclass(frozen=True)
 class Choice:
-    """A sum that validation has chosen from several models, or the best of them alone.
+    """A sum of models that validation chose, or the best model alone.
 
     Attributes:
-        weights: Weights of the members by name. The best model comes first, with 1; it is the only
-            one if no sum improved on it, or the rotated sum was worse.
-        metric: The name of the metric that decided.
+        weights: Weights of the members by name. The best model comes first, with 1; it is alone if
+            no rotated sum is better.
+        metric: Name of the metric that decided.
         alone: Mean of the metric for the best model alone.
-        summed: Mean for the sum, rotated.
-        difference: The sum, rotated, minus the best model alone, paired by query, as
+        summed: Mean of the metric for the rotated sum.
+        difference: The rotated sum minus the best model alone, paired by query, as
             `Interval.as_dict` returns it.
     """
 
@@ -38,7 +38,7 @@ class Choice:
     difference: Mapping[str, float | None]
 
     def lines(self) -> list[str]:
-        """Describes the sum for a person: its members, and what it gains."""
+        """Describes the members of the sum and its gain, for a person."""
         first, *others = self.weights
         if not others:
             return [f"{first} alone: no sum with another model is better on validation"]
@@ -59,11 +59,11 @@ def choose(
 ) -> Choice:
     """Chooses the weights of a sum on validation, one member after another.
 
-    The winner, which is the best model alone, comes first. As long as one more member makes the sum
-    better after its rotation to the winner's dimensions, the best one joins with the best of
-    `WEIGHTS`; on fewer than `MIN_QUERIES` queries, with 1. Better is the mean, not the interval,
-    since the winner's value is the best of many epochs on the same queries, which flatters it
-    (docs/archive/tried.md).
+    The winner, which is the best model alone, comes first. Sums are measured after their rotation
+    to the winner's dimensions. As long as one more member makes the sum better, the best one joins
+    with the best of `WEIGHTS`; on fewer than `MIN_QUERIES` queries, with 1. The mean decides, not
+    its interval: the winner's value is the best of many epochs on the same queries, which flatters
+    it (docs/archive/tried.md).
 
     Args:
         members: Vectors by name, for the queries and the items of `truth`, in their order.
@@ -71,29 +71,32 @@ def choose(
         metric: The metric that decides; more is better.
         winner: Name of the best member alone.
         max_members: Most members of the sum, the winner included.
+
+    Returns:
+        The weights, in the order in which the members joined, and the gain.
     """
     dim = members[winner].candidates.shape[1]
     spreads = {name: vectors.spread for name, vectors in members.items()}
 
-    def measured(weights: Mapping[str, float]) -> np.ndarray:
-        # After the rotation, as the sum is served: joined, a member may gain what that loses.
+    def measure(weights: Mapping[str, float]) -> np.ndarray:
+        # Rotated, as the sum is served: the rotation may lose what a member gains.
         vectors = [members[name] for name in weights]
-        scaled = [weight / spreads[name] for name, weight in weights.items()]
-        queries, candidates, _ = projection(vectors, scaled, dim)(vectors)
+        scaled_weights = [weight / spreads[name] for name, weight in weights.items()]
+        queries, candidates, _ = projection(vectors, scaled_weights, dim)(vectors)
         return measure_vectors(queries, candidates, truth, metric)
 
     weights = {winner: 1.0}
-    alone = best = measured(weights)
+    alone = best = measure(weights)
     grid = WEIGHTS if len(truth.queries) >= MIN_QUERIES else (1.0,)
     while len(weights) < min(max_members, len(members)):
-        left = [name for name in members if name not in weights]
-        extended = [{**weights, name: weight} for name in left for weight in grid]
-        trials = [measured(trial) for trial in extended]
+        others = [name for name in members if name not in weights]
+        extended = [{**weights, name: weight} for name in others for weight in grid]
+        trials = [measure(trial) for trial in extended]
         means = [float(np.nanmean(trial)) for trial in trials]
         if max(means) <= np.nanmean(best):
             break
         first_best = means.index(max(means))
         weights, best = extended[first_best], trials[first_best]
     difference = mean_interval(best - alone, truth.user_ids).as_dict()
-    before, after = (float(np.nanmean(values)) for values in (alone, best))
-    return Choice(weights, str(metric), before, after, difference)
+    mean_alone, mean_summed = (float(np.nanmean(values)) for values in (alone, best))
+    return Choice(weights, str(metric), mean_alone, mean_summed, difference)

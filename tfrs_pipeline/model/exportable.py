@@ -100,8 +100,8 @@ class Exportable:
     def __post_init__(self) -> None:
         if self.exclude not in (rules := get_args(Exclude)):
             raise ValueError(f"exclude must be one of {', '.join(rules)}. Got {self.exclude!r}")
-        lists = "histories", "known_positives", "disliked"
-        for name in ("query_ids", *lists):
+        list_names = "histories", "known_positives", "disliked"
+        for name in ("query_ids", *list_names):
             if not hasattr(getattr(self, name), "__len__"):
                 raise ValueError(
                     f"{name} must be a list of one entry per user; leave it out if the model knows "
@@ -111,7 +111,7 @@ class Exportable:
             object.__setattr__(self, "query_ids", Ids(self.query_ids).values)
         # Lists have an entry for row 0 as well, so that a row is its own index.
         num_rows = len(self.query_ids) + 1
-        for name in lists:
+        for name in list_names:
             num_lists = len(getattr(self, name))
             if not num_lists:
                 object.__setattr__(self, name, RowLists.empty(num_rows))
@@ -126,12 +126,12 @@ class Exportable:
                 f"history_times must be {total}, one for each value of histories. Received: "
                 f"{len(times)}"
             )
-        # Row 0 is left out of lists, as a request's history leaves out items of unknown ids.
-        for name in lists:
-            of_name = getattr(self, name)
-            is_known = of_name.values > 0
+        # Lists leave out row 0, as a request's history leaves out items of unknown ids.
+        for name in list_names:
+            row_lists = getattr(self, name)
+            is_known = row_lists.values > 0
             if not is_known.all():
-                object.__setattr__(self, name, of_name.where(is_known))
+                object.__setattr__(self, name, row_lists.where(is_known))
                 if name == "histories" and times is not None:
                     object.__setattr__(self, "history_times", np.asarray(times)[is_known])
         _ = self.candidate_ids  # Read now, so that wrong items are refused here.

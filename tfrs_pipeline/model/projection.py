@@ -1,6 +1,6 @@
-"""The algebra of an ensemble: vectors joined with weights, and rotated to fewer dimensions.
+"""The algebra of an ensemble: joins vectors with weights, and rotates them to fewer dimensions.
 
-The sum of dot products is a dot product, so one vector serves for those of all members.
+A sum of dot products is a dot product, so one joined vector replaces those of all members.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.linalg
 
-# Added to the second moments of queries, as a share of their mean: a model may have dimensions that
-# no query uses.
+# Added to the second moments of queries, as a share of their mean, because a model may have
+# dimensions that no query uses.
 _RIDGE = 1e-6
 
 
@@ -34,8 +34,8 @@ class Vectors(NamedTuple):
         centered = self.candidates - self.candidates.mean(axis=0)
         covariance = centered.T @ centered / len(centered)
         variance = np.einsum("nd,de,ne->n", self.queries, covariance, self.queries).mean()
-        # iALS scores all alike where no query has a history. Weights are divided by the spread: by
-        # almost 0, one would leave the rotation no dimension for the other members.
+        # iALS scores all candidates alike if no query has a history. Weights are divided by the
+        # spread: divided by almost 0, one would take all dimensions of the rotation.
         return float(np.sqrt(variance)) if variance > np.finfo(np.float32).tiny else 1.0
 
 
@@ -51,9 +51,9 @@ class Projection(NamedTuple):
     has_bias: bool
 
     def __call__(self, members: Sequence[Vectors]) -> Vectors:
-        """Returns the sum's vectors: their dot products are the weighted sums of the members'.
+        """Returns the sum's vectors, whose dot products are the weighted sums of the members'.
 
-        With a rotation, these are approximated.
+        After a rotation, they approximate these sums.
         """
         pairs = [*zip(members, self.matrices, strict=True)]
         queries = sum(member.queries @ matrix for member, (matrix, _) in pairs)
@@ -78,6 +78,9 @@ def projection(
             themselves: a weight in units of the spread is divided by `Vectors.spread` before.
         dim: Dimensions of the sum. None, or as many as all members have, rotates nothing.
 
+    Returns:
+        The matrices of the members, in their order.
+
     Example:
         >>> a = Vectors(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]]))
         >>> b = Vectors(np.array([[2.0]]), np.array([[5.0]]))
@@ -92,23 +95,23 @@ def projection(
     for member, weight, start, size in zip(members, weights, starts, widths, strict=True):
         # The root on both sides, so that products of two candidates, by which similar items are
         # found, are weighted alike.
-        of_queries = np.zeros((member.queries.shape[1], width + num_biases))
-        of_queries[range(size), range(start, start + size)] = np.sqrt(weight)
-        of_candidates = of_queries.copy()
+        query_matrix = np.zeros((member.queries.shape[1], width + num_biases))
+        query_matrix[range(size), range(start, start + size)] = np.sqrt(weight)
+        candidate_matrix = query_matrix.copy()
         if member.has_bias:
-            # A query's last entries, all 1, become one: only the first member's is kept.
-            of_queries[-1, -1], of_candidates[-1, -1] = is_first_bias, weight
+            # Each member's queries end in a 1. The sum needs one, so only the first is kept.
+            query_matrix[-1, -1], candidate_matrix[-1, -1] = is_first_bias, weight
             is_first_bias = False
-        matrices.append((of_queries, of_candidates))
-    joined = _rounded(matrices, num_biases)
+        matrices.append((query_matrix, candidate_matrix))
+    joined = _as_float32(matrices, num_biases)
     if dim is None or dim >= width + num_biases:
         return joined
-    # In float32, since the joined vectors of a long corpus are large; their products are small.
+    # In float32, since the joined vectors of a large corpus take much memory; products are small.
     vectors = joined(members)
     queries, candidates = vectors.queries[:, :width], vectors.candidates[:, :width]
-    # In float64: rounding would make the moments of fewer queries than dimensions indefinite.
-    wide = queries.astype(np.float64)
-    moments = wide.T @ wide / len(wide)
+    # In float64: with fewer queries than dimensions, rounding would make the moments indefinite.
+    queries = queries.astype(np.float64)
+    moments = queries.T @ queries / len(queries)
     moments += _RIDGE * max(np.trace(moments) / width, np.finfo(np.float32).tiny) * np.eye(width)
     factor = np.linalg.cholesky(moments)
     # The eigenvectors of (C L)'(C L), which is small, are the right singular vectors of C L.
@@ -116,21 +119,21 @@ def projection(
         factor.T @ (candidates.T @ candidates).astype(np.float64) @ factor
     )
     kept = eigenvectors[:, np.argsort(-eigenvalues)[: dim - num_biases]]
-    # In an orthonormal basis, so that the products of two candidates, by which similar items are
-    # found, are those of their joined vectors, as far as these lie in it. Queries take the rest.
-    basis, rest = np.linalg.qr(factor @ kept)
-    rotate_queries = scipy.linalg.solve_triangular(factor, kept, lower=True, trans="T") @ rest.T
+    # Similar items are found by the products of two candidates. In an orthonormal basis these stay
+    # those of the joined vectors, as far as they lie in it. Queries take the other factor.
+    basis, upper = np.linalg.qr(factor @ kept)
+    rotate_queries = scipy.linalg.solve_triangular(factor, kept, lower=True, trans="T") @ upper.T
     rotations = [
         scipy.linalg.block_diag(rotation, np.eye(num_biases))
         for rotation in (rotate_queries, basis)
     ]
     rotated = [
-        (of_queries @ rotations[0], of_candidates @ rotations[1])
-        for of_queries, of_candidates in matrices
+        (query_matrix @ rotations[0], candidate_matrix @ rotations[1])
+        for query_matrix, candidate_matrix in matrices
     ]
-    return _rounded(rotated, num_biases)
+    return _as_float32(rotated, num_biases)
 
 
-def _rounded(matrices: Sequence[tuple[np.ndarray, np.ndarray]], num_biases: int) -> Projection:
+def _as_float32(matrices: Sequence[tuple[np.ndarray, np.ndarray]], num_biases: int) -> Projection:
     pairs = [(a.astype(np.float32), b.astype(np.float32)) for a, b in matrices]
     return Projection(pairs, bool(num_biases))

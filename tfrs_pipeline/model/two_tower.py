@@ -223,7 +223,7 @@ class TwoTower(TwoTowerSettings):
 
         `max_epochs` replaces the settings' number. `folder` keeps checkpoints.
         """
-        distribution.training_strategy()
+        distribution.training_strategy()  # Workers join before TensorFlow does anything else.
         distribution.check_shared(folder)
         data.check_negatives_left(self.hard)
         if not isinstance(warm_start, FittedTwoTower | None):
@@ -348,7 +348,7 @@ class TwoTower(TwoTowerSettings):
         """
         if not reads_times(self, self.training):
             corpus = dataclasses.replace(corpus, has_times=False)
-        with distribution.training_strategy().scope():  # Variables are made here.
+        with distribution.training_strategy().scope():  # Each replica gets the variables.
             query, candidate = (
                 None if tower is None else own_layer(name, tower, corpus)
                 for name, tower in self._custom_towers.items()

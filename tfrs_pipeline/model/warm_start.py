@@ -135,11 +135,15 @@ class WarmStart:
             self._num_trained -= int(is_later.sum())
             self._candidate_rows[is_later[self._candidate_rows]] = 0
         if not self._candidate_rows.any():
-            here, there = (plain(c.candidate_ids.values[0]) for c in (corpus, source.corpus))
-            message = f"no item is known there: ids are like {here} here and {there} there"
-            refuse([("warm_start", f"{message}. Start from a model of this log's items")])
-        before, now = self._optimizers
-        self.first_step = int(self._source.optimizer.iterations) if before == now else 0
+            log_id, known_id = (plain(c.candidate_ids.values[0]) for c in (corpus, source.corpus))
+            message = (
+                f"its model knows no item of this log: ids are like {log_id} in the log, and like "
+                f"{known_id} in the model. Start from a model of this log's items"
+            )
+            refuse([("warm_start", message)])
+        source_optimizer, optimizer = self._optimizers
+        is_same = source_optimizer == optimizer
+        self.first_step = int(self._source.optimizer.iterations) if is_same else 0
 
     def apply(self, network: TwoTowerNetwork) -> None:
         """Sets the weights and the optimizer state of an untrained network, compiled and built."""

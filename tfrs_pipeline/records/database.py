@@ -46,8 +46,8 @@ class Database:
     Attributes:
         file_name: Name of the file in the folder.
         schema: SQL that creates the tables.
-        formats: Numbers of the layout that this version reads and writes, the last one its own;
-            the file has its own as `application_id`.
+        formats: Numbers of the layouts that this release reads and writes, its current one last;
+            a file has its number as `application_id`.
         what_is_lost: Ends the message about a damaged file: what moving it away loses.
         is_mirrored: Whether a copy of the content is kept in memory.
     """

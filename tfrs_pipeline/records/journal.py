@@ -25,8 +25,8 @@ from tfrs_pipeline.records.user_events import Answer, Event, filled, plain, stri
 logger = logging.getLogger(__name__)
 
 JOURNAL_FILE = "events.sqlite"
-RANKS_SEEN = 100  # Of an answer, so many items count as served: nobody looks further.
-# The request_id of a user's answer, and its time.
+RANKS_SEEN = 100  # Items of an answer that count as served: nobody looks further.
+# The request_id of a user's answer, and its time in milliseconds.
 AnswerKey: TypeAlias = tuple[str, int]
 
 _FORMAT = 1  # Of the tables below. `user_version` says whether rows were dropped.
@@ -35,11 +35,11 @@ _INSERT = f"""
 INSERT OR IGNORE INTO events ({", ".join(Event._fields)}, arrival)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
-_SAME = (
+_SAME_EVENT = (
     "SELECT 1 FROM events "
     "WHERE user_id = ? AND type = ? AND time = ? AND item_id = ? AND event IS ?"
 )
-_MOST_AT_ONCE = 10  # Types of positives of a user, an item and a millisecond.
+_MAX_TYPES = 10  # Types of a user's events on an item in one millisecond; more are dropped.
 _SCHEMA = f"""
 PRAGMA journal_mode = WAL;
 CREATE TABLE IF NOT EXISTS events (
@@ -48,11 +48,11 @@ CREATE TABLE IF NOT EXISTS events (
     time INTEGER NOT NULL,   -- Milliseconds since 1970, exact.
     item_id NOT NULL,
     request_id TEXT,         -- Of the answer that it belongs to.
-    event_id INTEGER,        -- A hash of the client's own.
+    event_id INTEGER,        -- A hash of the client's id.
     arrival INTEGER NOT NULL,  -- Rises with every event; orders those of one time.
-    event TEXT,              -- Its type in the model's own log; NULL if the stage says it all.
+    event TEXT,              -- Its type in the training log; NULL if the stage says it all.
     session_id TEXT,
-    weight REAL,             -- Of an amount, as in the log.
+    weight REAL,             -- An amount, as in the log.
     PRIMARY KEY (user_id, type, time, item_id)
 ) WITHOUT ROWID;             -- A user's events of a type lie together, so reading them is fast.
 -- An index of `events` would also hold each row's key, and take twice as much.
@@ -62,7 +62,7 @@ CREATE TABLE IF NOT EXISTS served (
     request_id TEXT NOT NULL,     -- Several answers may have the same: a client chooses it.
     user_id NOT NULL,
     time INTEGER NOT NULL,
-    version INTEGER NOT NULL,  -- That answered.
+    version INTEGER NOT NULL,  -- The one that answered.
     items TEXT NOT NULL        -- JSON: the ids, best first.
 );
 CREATE INDEX IF NOT EXISTS served_by_user ON served (user_id);
@@ -74,8 +74,8 @@ CREATE TRIGGER IF NOT EXISTS event_deleted AFTER DELETE ON events WHEN OLD.event
     BEGIN DELETE FROM event_ids WHERE id = OLD.event_id; END;
 PRAGMA application_id = {_FORMAT};
 """
-# Columns that files of before lack. The first write adds them; then both versions read the file.
-_LATER = {"event": "TEXT", "session_id": "TEXT", "weight": "REAL"}
+# Columns that older files lack. The first write adds them; older releases still read the file then.
+_ADDED_COLUMNS = {"event": "TEXT", "session_id": "TEXT", "weight": "REAL"}
 # The level of a type is its stage's position in the funnel.
 _STAGES = [stage.value for stage in Stage]
 _LEVELS = "".join(f" WHEN '{stage}' THEN {level}" for level, stage in enumerate(_STAGES))
@@ -99,7 +99,7 @@ SELECT CAST(user_id AS {{user}}), CAST(item_id AS {{item}}), time,
 FROM ({_ROWS}) GROUP BY user_id, item_id, coalesce(request_id, -time), nth_last
 ORDER BY time, user_id, arrival, request_id, 7
 """
-# Each event is a row, whose type has a weight. The log's reader merges those of a visit.
+# Each event is a row, since its type has a weight. The log's reader merges the events of a visit.
 _TYPED_LOG = f"""
 SELECT CAST(user_id AS {{user}}), CAST(item_id AS {{item}}), time, event, session_id,
     coalesce(weight, 1.0), request_id, rank_served FROM (
@@ -108,8 +108,8 @@ SELECT CAST(user_id AS {{user}}), CAST(item_id AS {{item}}), time, event, sessio
 ) WHERE arrival > 0 OR latest = 0
 ORDER BY time, user_id, arrival, request_id, rank_served
 """
-# Clicks on items of answers: the version, and the rank from 1; of answers of one request and item,
-# the last one counts.
+# Clicks on items of answers: the version, and the rank from 1. If several answers of a request have
+# the item, the last one counts.
 _CLICKED = """
 SELECT version, clicked.user_id, rank FROM (
     SELECT clicked.user_id, version, item.key + 1 AS rank, max(served.arrival)
@@ -124,7 +124,7 @@ _ALL_CLICKED = _CLICKED.format(
     f"WHERE type = '{Stage.CLICKED.value}' AND request_id IS NOT NULL",
     served="SELECT * FROM served",
 )
-# Of a user's newest answers alone, so that no click is dear.
+# Reads only a user's newest answers, so that a click costs little.
 _ONE_CLICKED = _CLICKED.format(
     clicked="SELECT ?1 AS user_id, ?2 AS item_id, ?3 AS request_id",
     served=f"SELECT * FROM served WHERE user_id = ?1 ORDER BY arrival DESC LIMIT {MAX_ANSWERS}",
@@ -136,8 +136,8 @@ SELECT typeof(coalesce(max(user_id), 0)), typeof(coalesce(max(item_id), 0)) FROM
     UNION ALL SELECT user_id, json_extract(items, '$[0]') FROM served
 )
 """
-# What users do. Other stages are a ranker's: the hundred of each answer would push out the rest.
-_OF_USERS = (Stage.CLICKED.value, Stage.EXPOSED.value, Stage.DISLIKED.value)
+# What users do. Other stages are a ranker's: its hundreds of events would push these out.
+_USER_TYPES = (Stage.CLICKED.value, Stage.EXPOSED.value, Stage.DISLIKED.value)
 # A request reads this many of a user's newest events of a type. No person has more; a bot may.
 _MAX_EVENTS = 10_000
 # While others read SQLite's log of writes, it cannot be cut: number of tries, and seconds between.
@@ -161,7 +161,7 @@ class Watch:
     def refuse(self, stamp: Stamp | None) -> None:
         """Raises `Damaged` before a write to a damaged file.
 
-        What its whole pages would still take would be lost when a backup takes its place.
+        Its undamaged pages would still take events, which a restored backup would then lose.
         """
         if stamp is not None and stamp == self._damaged:
             raise Damaged(self.unreadable)
@@ -199,8 +199,8 @@ class Watch:
 class Journal(Database):
     """The events of all users; see `Database` for what its methods raise.
 
-    After a write, `on_click` is called with version and rank for each new click on an item of one
-    of the user's 1,000 newest recorded answers.
+    After a write, calls `on_click(version, rank)` for each new click on an item of one of the
+    user's 1,000 newest recorded answers.
     """
 
     file_name, schema, formats = JOURNAL_FILE, _SCHEMA, (_FORMAT,)
@@ -240,8 +240,8 @@ class Journal(Database):
     def write(self, groups: Sequence[Sequence[Event]], answers: Iterable[Answer] = ()) -> list[int]:
         """Writes groups of events, and answers, in one transaction.
 
-        Returns how many events of each group were new. An event is not new if its `event_id` is
-        there already, or an event of the same user, item, type and millisecond.
+        Returns the number of new events of each group. An event is a repeat if the file has its
+        `event_id`, or an event of the same user, item, type and millisecond.
         """
         with self.writing() as connection:
             served = (
@@ -249,8 +249,8 @@ class Journal(Database):
                 for answer in answers
                 for request_id, user_id, items in answer.by_query()
             )
-            of_answer = "(request_id, user_id, time, version, items)"
-            connection.executemany(f"INSERT INTO served {of_answer} VALUES (?, ?, ?, ?, ?)", served)
+            columns = "(request_id, user_id, time, version, items)"
+            connection.executemany(f"INSERT INTO served {columns} VALUES (?, ?, ?, ?, ?)", served)
             # Microseconds: fewer than a million events a second arrive.
             arrivals = itertools.count(time.time_ns() // 1000)
             counts, clicked = [], list[tuple[int, Any, int]]()
@@ -268,21 +268,21 @@ class Journal(Database):
                 self._on_click(version, rank)
         return counts
 
-    def of_users(self, user_ids: Collection[Any]) -> dict[Any, list[Event]]:
+    def events_by_user(self, user_ids: Collection[Any]) -> dict[Any, list[Event]]:
         """Reads what users clicked, were shown or disliked, by user, oldest first.
 
         Users without such an event are left out. Events of one time are in the order of their
-        arrival. Of each type, reads a user's newest 10,000. A server goes on with none if they
-        cannot be read.
+        arrival. Of each type, reads a user's newest 10,000. With a `Watch`, returns {} if the file
+        cannot be read, so that a server goes on.
         """
         try:
-            return self._of_users(user_ids)
+            return self._read_by_user(user_ids)
         except (Damaged, StorageError):
             if self._watch is None:
                 raise
             return {}
 
-    def _of_users(self, user_ids: Collection[Any]) -> dict[Any, list[Event]]:
+    def _read_by_user(self, user_ids: Collection[Any]) -> dict[Any, list[Event]]:
         read: dict[Any, list[Event]] = {}
         with self._opened() as connection:
             if connection is None:
@@ -295,7 +295,7 @@ class Journal(Database):
             for id_ in dict.fromkeys(user_ids):
                 rows: list[Any] = []
                 with contextlib.suppress(OverflowError):  # No event has an id beyond 64 bits.
-                    for type_ in _OF_USERS:
+                    for type_ in _USER_TYPES:
                         rows += connection.execute(query, (plain(id_), type_, _MAX_EVENTS))
                 if rows:
                     rows.sort(key=lambda row: (row[1], row[-1]))
@@ -303,15 +303,15 @@ class Journal(Database):
         return read
 
     def _columns(self, connection: sqlite3.Connection) -> dict[str, str]:
-        """Returns SQL for the fields of an event, by name; later ones may be missing in a file."""
-        if self._read_columns[0] is not connection:  # It is another one once the tables changed.
+        """Returns SQL for the fields of an event, by name: NULL if an older file lacks one."""
+        if self._read_columns[0] is not connection:  # A change of the tables opens a new one.
             missing = _missing(connection)
             columns = {name: "NULL" if name in missing else name for name in Event._fields}
             self._read_columns = connection, columns
         return self._read_columns[1]
 
     def problem(self) -> str:
-        """Looks at the file; returns why a server cannot read events, "" if it can."""
+        """Opens the file; returns why a server cannot read events, "" if it can."""
         with contextlib.suppress(Damaged, StorageError), self._opened():
             pass
         return self._watch.unreadable if self._watch else ""
@@ -319,11 +319,11 @@ class Journal(Database):
     def clicks_after(
         self, time_: int, arrival: int
     ) -> tuple[dict[Any, Counter[tuple[Any, int]]], int]:
-        """Reads the clicks later than a time in milliseconds that came after another arrival.
+        """Counts the clicks later than a time in milliseconds that came after an arrival.
 
-        Returns how many there are of each item and second since 1970, by user, and the newest
-        arrival; none, and the same arrival, if they cannot be read. Takes time in proportion to all
-        events.
+        Returns the number of clicks by user, then by item and second since 1970, and the newest
+        arrival. If the file cannot be read, returns no clicks and the same arrival. The time it
+        takes is proportional to the number of all events.
         """
         query = (
             "SELECT user_id, item_id, time, arrival FROM events "
@@ -337,18 +337,18 @@ class Journal(Database):
                 for user_id, item_id, milliseconds, arrived in rows:
                     clicks.setdefault(user_id, Counter())[item_id, milliseconds // 1000] += 1
                     newest = max(newest, arrived)
-        except (Damaged, StorageError):  # Later, all are read.
+        except (Damaged, StorageError):  # The next call reads all of them.
             return {}, arrival
         return clicks, newest
 
     def user_ids(self) -> list[Any]:
         """Reads the ids of all users who did something, ascending; integers come before text."""
-        query = f"SELECT DISTINCT user_id FROM events WHERE type IN {_OF_USERS} ORDER BY user_id"
+        query = f"SELECT DISTINCT user_id FROM events WHERE type IN {_USER_TYPES} ORDER BY user_id"
         with self._opened() as connection:
             return [id_ for (id_,) in (connection.execute(query) if connection else ())]
 
     def served_to(self, user_id: Any) -> Iterator[tuple[AnswerKey, list[Any]]]:
-        """Yields a user's answers as they are asked for, by order of arrival, newest first."""
+        """Yields a user's answers, newest arrival first: key, and the ids of its first items."""
         with self._opened() as connection:
             if connection is not None:
                 query = "SELECT request_id, time, items FROM served WHERE user_id = ?"
@@ -362,13 +362,13 @@ class Journal(Database):
         """Yields all that is recorded as rows of an event table, in blocks, ordered by time.
 
         A row is user_id, item_id, milliseconds since 1970, stage, weight, request_id, and rank in
-        the answer, from 1. Each item of a request has one, with its furthest stage, and when it
-        reached it. Items that were served are retrieved. If some ids are text, all are.
-        Writes after the first block do not show.
+        the answer, from 1. Each item of a request has one row, with its furthest stage and the time
+        when it reached that. Served items have the stage "retrieved". If some ids are text, all
+        are. Writes after the first block do not show.
 
-        With `words`, what the model's own log calls stages, each event is a row, and so is an item
-        that was served and has no event. In place of its stage it has its own type, or the word for
-        its stage, and the id of its session.
+        With `words`, each event is a row, and so is a served item without an event. A type and a
+        session_id replace the stage. The type is that in the training log; for events without one,
+        `words` has it by stage.
         """
         with self._opened() as connection:
             if connection is None:
@@ -394,7 +394,7 @@ class Journal(Database):
         with self.writing() as connection:
             for id_ in map(plain, user_ids):
                 counts.append(0)
-                # Events are recorded without spaces around ids, answers with the id that was asked.
+                # Events are recorded without spaces around ids, answers with the id of the request.
                 ids = id_, stripped(id_)
                 with contextlib.suppress(OverflowError):  # No row has an id beyond 64 bits.
                     for table in ("events", "served"):
@@ -403,19 +403,19 @@ class Journal(Database):
         self._rewrite()
         return counts
 
-    def num_answers(self) -> list[tuple[int, Any, int]]:
-        """Counts the answers: version, user id, and how many."""
+    def answer_counts(self) -> list[tuple[int, Any, int]]:
+        """Counts the answers by version and user: (version, user id, number of answers)."""
         query = "SELECT version, user_id, count(*) FROM served GROUP BY version, user_id"
         with self._opened() as connection:
             return connection.execute(query).fetchall() if connection else []
 
-    def clicks_of_answers(self) -> list[tuple[int, Any, int]]:
-        """Returns version, user id and rank, from 1, of each clicked item of each answer."""
+    def answer_clicks(self) -> list[tuple[int, Any, int]]:
+        """Returns (version, user id, rank from 1) of each clicked item of each answer."""
         with self._opened() as connection:
             return connection.execute(_ALL_CLICKED).fetchall() if connection else []
 
     def has_weights(self) -> bool:
-        """Returns whether an event has a weight."""
+        """Returns whether any event has a weight."""
         with self._opened() as connection:
             if connection is None:
                 return False
@@ -425,22 +425,22 @@ class Journal(Database):
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """As `Database.writing`; adds the columns that a file of before lacks."""
+        """As `Database.writing`; adds the columns that an older file lacks."""
         with super().writing() as connection:
             for name in _missing(connection):
-                connection.execute(f"ALTER TABLE events ADD COLUMN {name} {_LATER[name]}")
+                connection.execute(f"ALTER TABLE events ADD COLUMN {name} {_ADDED_COLUMNS[name]}")
             yield connection
 
     def moment(self) -> int:
-        """Returns the moment after all events that are written by now; see `drop_older`."""
+        """Returns the time after all written events, in microseconds; see `drop_older`."""
         with self.writing():  # Waits for the writer before it.
             return time.time_ns() // 1000
 
     def drop_older(self, time_: int, arrived_before: int | None = None) -> tuple[int, int]:
         """Deletes what is older than a time in milliseconds since 1970; see `forget`.
 
-        Old events that arrived after the `moment` of `arrived_before` are kept; with None, none is.
-        Returns how many events, and how many answers.
+        Keeps old events that arrived after `arrived_before`, a `moment`; with None, keeps none.
+        Returns the numbers of deleted events and of deleted answers.
         """
         events = "DELETE FROM events WHERE time < ? AND arrival < coalesce(?, arrival + 1)"
         answers = "DELETE FROM served WHERE time < ?"
@@ -469,9 +469,9 @@ class Journal(Database):
     def _vacuum(self) -> None:
         with self._opened(is_writer=True) as connection:
             assert connection is not None
-            # Free space in the file may hold old copies of rows, also with `secure_delete`. Writers
-            # would not have to wait for `VACUUM INTO` a second file. But once that is renamed over
-            # the first, other processes may still commit to the old one, and lose it.
+            # Free space in the file may hold old copies of rows, also with `secure_delete`. `VACUUM
+            # INTO` a second file would not hold up writers. But after its rename over the first,
+            # other processes might commit to the old file, and lose what they wrote.
             folder = str(self.path.parent.absolute()).replace("'", "''")
             try:
                 # VACUUM makes a copy first: not in TMPDIR, which may be small, or in memory.
@@ -484,9 +484,9 @@ class Journal(Database):
                     f"{self.path}: {error}. Rewriting it takes up to "
                     f"{2 * self.path.stat().st_size / 1e6:,.1f} MB more in {self.path.parent}."
                 ) from error
-            # The log holds what was written until it is copied into the file and cut. While SQLite
-            # waits for those who read the log, nobody can write. So it does not wait, but is asked
-            # again and again.
+            # SQLite's log holds what was written until it is copied into the file and cut. While
+            # SQLite waits for readers of the log, nobody can write. So it must not wait; this loop
+            # tries again.
             connection.execute("PRAGMA busy_timeout = 0")
             try:
                 for _ in range(_MAX_CUTS):
@@ -502,19 +502,19 @@ class Journal(Database):
 def _insert(connection: sqlite3.Connection, event: Event, arrival: int) -> bool:
     """Inserts an event; returns whether it is new.
 
-    A click and a purchase of one moment have the same key: each later one goes a millisecond
-    further.
+    A click and a purchase of one millisecond have the same key, so each further type is written a
+    millisecond later.
     """
-    for time_ in range(event.time, event.time + _MOST_AT_ONCE):
+    for time_ in range(event.time, event.time + _MAX_TYPES):
         if connection.execute(_INSERT, (*event._replace(time=time_), arrival)).rowcount:
             return True
         key = event.user_id, event.type, time_, event.item_id, event.event
-        if connection.execute(_SAME, key).fetchone():
+        if connection.execute(_SAME_EVENT, key).fetchone():
             break
     return False
 
 
 def _missing(connection: sqlite3.Connection) -> list[str]:
-    """Returns the columns that a file of before lacks."""
+    """Returns the columns that an older file lacks."""
     names = {row[1] for row in connection.execute("PRAGMA table_info(events)")}
-    return [name for name in _LATER if name not in names]
+    return [name for name in _ADDED_COLUMNS if name not in names]

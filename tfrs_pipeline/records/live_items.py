@@ -64,7 +64,7 @@ CREATE TABLE IF NOT EXISTS live_items (
     is_listed INTEGER NOT NULL DEFAULT 0,   -- Whether a version had the item itself.
     item TEXT                               -- JSON; NULL if the item was removed.
 );
-PRAGMA application_id = 1;  -- The format of this table; the first files had no number, which is 0.
+PRAGMA application_id = 1;  -- The format of this table; the first files have no number, so 0.
 """
 _MAX_NOTES = 10
 # How long writes are kept that the version in use does not take, for older versions.

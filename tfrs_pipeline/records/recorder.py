@@ -1,4 +1,4 @@
-"""A thread that writes events and answers, so that many clients share a wait for the disk."""
+"""A thread that writes events and answers, so that many clients share one wait for the disk."""
 
 import contextlib
 import itertools
@@ -17,8 +17,8 @@ from tfrs_pipeline.records.settings import MAX_ANSWERS, Lately
 from tfrs_pipeline.records.user_events import Answer, Event, filled
 
 _MAX_TAKEN = 500  # Requests that are written in one transaction.
-# No client waits for an answer's record. So a record waits this long for others, to share a write,
-# and is dropped if this many wait.
+# No client waits for an answer's record. So a record waits this long for others, to share a write.
+# If this many entries wait, it is dropped.
 _ANSWER_SECONDS, _MAX_WAITING = 1.0, 10_000
 
 
@@ -38,7 +38,7 @@ _Entry: TypeAlias = _Group | _Deletion | Answer | None
 class Recorder:
     """Writes events and answers, and deletes those of a user, in a thread.
 
-    `on_lost` is called with the number of answers that could not be written.
+    After a failed write, calls `on_lost` with the number of answers that it lost.
 
     All entries that arrive during a write go into the next one. It waits for the disk once, however
     many clients it confirms.
@@ -48,7 +48,7 @@ class Recorder:
         self, journal: Journal, on_lost: Callable[[int], object] = lambda num: None
     ) -> None:
         self.journal, self._on_lost = journal, on_lost
-        self._of_thread = threading.local()
+        self._thread_local = threading.local()
         self._queue: queue.SimpleQueue[_Entry] = queue.SimpleQueue()
         # By user, the answers in the queue, in their order.
         self._waiting: dict[Any, dict[AnswerKey, np.ndarray]] = {}
@@ -86,8 +86,8 @@ class Recorder:
     def served_lately(self, user_ids: Sequence[Any], lately: Lately, most: int) -> list[list[Any]]:
         """Returns the distinct ids of items that each user was served lately, newest answer first.
 
-        Answers that are not yet written count too, and of an answer its first 100 items. Reading
-        ends after `most` items of a user, where those that come again count too.
+        Answers that are not yet written count too. Of an answer, its first 100 items count. Reading
+        ends after `most` items of a user, repeated ones included.
         """
         read = {id_: self._served_lately(id_, lately, most) for id_ in dict.fromkeys(user_ids)}
         return [[*dict.fromkeys(read[id_])][:most] for id_ in user_ids]
@@ -98,9 +98,9 @@ class Recorder:
             newest = reversed(self._waiting.get(user_id, {}).items())
             waiting = dict(itertools.islice(newest, MAX_ANSWERS))
         # A connection of each thread waits for no write and for no other query.
-        if not hasattr(self._of_thread, "reader"):
-            self._of_thread.reader = self.journal.another()
-        written = self._of_thread.reader.served_to(user_id)
+        if not hasattr(self._thread_local, "reader"):
+            self._thread_local.reader = self.journal.another()
+        written = self._thread_local.reader.served_to(user_id)
         ids: list[Any] = []
         with contextlib.closing(written):
             answers = itertools.chain(
@@ -160,13 +160,13 @@ class Recorder:
 def _confirm(
     entries: Sequence[_Group | _Deletion], work: Callable[..., list[int]], *arguments: Any
 ) -> Exception | None:
-    """Gives those who wait for entries the counts that the work returns, or its error.
+    """Does the work; gives each entry's future its count, or the error of the work.
 
-    Returns the error, if there is one.
+    Returns the error, or None.
     """
     try:
         counts = work(*arguments)
-    except Exception as error:  # The next work may succeed.
+    except Exception as error:  # The thread must go on: the next write may succeed.
         for entry in entries:
             entry.done.set_exception(error)
         return error

@@ -1,4 +1,4 @@
-"""What users did, and what they were served: how clients write it, and how it is kept."""
+"""Events and answers: how clients write them, and how they are recorded."""
 
 import functools
 import hashlib
@@ -16,7 +16,7 @@ from tfrs_pipeline.data.ids import MAX_ID_CHARACTERS, NO_ID
 from tfrs_pipeline.data.schema import MAX_WEIGHT, MIN_WEIGHT, Stage
 from tfrs_pipeline.features.numeric import Timestamp
 
-# What clients write for three stages, beside the stages themselves.
+# Short names of three stages for clients, beside the stages themselves.
 WORDS: Mapping[str, str] = {
     "click": Stage.CLICKED,
     "view": Stage.EXPOSED,
@@ -31,15 +31,15 @@ class Event(NamedTuple):
     """What a user did with an item: a row of `events`.
 
     Attributes:
-        user_id: Who, an integer or text.
+        user_id: Id of the user, an integer or text.
         time: Milliseconds since 1970.
-        item_id: What, an integer or text.
+        item_id: Id of the item, an integer or text.
         type: A stage of a log.
         request_id: Id of the answer that it belongs to.
-        event_id: `id_hash` of the client's own.
-        event: Its type in the model's own log; None if the stage says it all.
+        event_id: `id_hash` of the client's id.
+        event: Its type in the training log; None if the stage says it all.
         session_id: Id of the visit, as text.
-        weight: What multiplies the weight of its type.
+        weight: An amount, which multiplies the weight of its type; None is 1.
     """
 
     user_id: Any
@@ -86,10 +86,12 @@ def filled(items: np.ndarray) -> list[Any]:
 
 
 def event_types(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the types of events with weights of a version's own log, and the stage of each."""
+    """Returns the stage by type of event, as the log that a version was trained on has them."""
     types: Mapping[str, Any] = manifest.get("reading", {}).get("event_weights", {})
     clicked = Stage.CLICKED.value
-    return {name: what if isinstance(what, str) else clicked for name, what in types.items()}
+    return {
+        name: meaning if isinstance(meaning, str) else clicked for name, meaning in types.items()
+    }
 
 
 def check_events(
@@ -105,40 +107,47 @@ def check_events(
         events: Mappings of `user_id`, `item_id` and `type`, a key of `TYPES` or `types`. Optional
             are `time` (a datetime with a zone, ISO 8601, or seconds since 1970; default: now),
             `request_id`, `event_id`, `session_id` (text or an integer) and `weight`.
-        users_are_text: Whether user ids are `str`; else they are integers of 64 bits.
-        items_are_text: The same of item ids.
-        types: The types of the model's own log -> a stage; they come before `TYPES`.
+        users_are_text: Whether user ids are `str`; otherwise they are 64-bit integers.
+        items_are_text: The same for item ids.
+        types: Types of the training log -> a stage; they come before `TYPES`.
+
+    Returns:
+        The events in their order, with times in milliseconds, and plain ids.
 
     Raises:
-        ValueError: Names the first event that is wrong, and how.
+        ValueError: If an event is wrong; names the first one, and what is wrong.
     """
     if isinstance(events, Mapping):
-        raise ValueError(f"Events come in a list, also a single one: [{dict(events)!r:.200}]")
-    own = types or {}
+        raise ValueError(
+            "Events must be a list: put a single one into brackets. "
+            f"Received: {dict(events)!r:.200}"
+        )
+    log_types = types or {}
+    reader = _reader(users_are_text, items_are_text, (*log_types,))
     try:
-        checked = _reader(users_are_text, items_are_text, (*own,)).validate_python(list(events))
+        checked = reader.validate_python(list(events))
     except pydantic.ValidationError as error:
         problem = error.errors(include_url=False)[0]
         number, *path = problem["loc"]
         if not path:
             message = f"Event {number} must be an object, with user_id, item_id and type"
         elif problem["type"] == "extra_forbidden":
-            known = ", ".join(name for name in Event._fields if name != "event")
-            message = f"Event {number}: unknown {path[0]!r}; it has {known}"
+            keys = ", ".join(name for name in Event._fields if name != "event")
+            message = f"Event {number}: unknown {path[0]!r}; the keys are {keys}"
         else:
             message = f"Event {number}: {path[0]}: {problem['msg'].removeprefix('Value error, ')}"
         raise ValueError(f"{message}. Received: {problem['input']!r:.200}") from None
     now = time.time_ns() // 1_000_000
-    stages = {**TYPES, **own}
-    # A word that says a stage and no more is not kept: a stage is the same by each name.
-    kept = {name: name for name, stage in own.items() if WORDS.get(name) != stage}
+    stages = {**TYPES, **log_types}
+    # A short name of a stage is not kept, so that an event is the same by either name.
+    kept_types = {name: name for name, stage in log_types.items() if WORDS.get(name) != stage}
     return [
         Event(
             **{
                 **vars(event),
                 "time": now if event.time is None else event.time,
                 "type": stages[event.type],
-                "event": kept.get(event.type),
+                "event": kept_types.get(event.type),
             }
         )
         for event in checked
@@ -146,14 +155,14 @@ def check_events(
 
 
 def plain(value: Any) -> Any:
-    """Returns Python's own value in place of NumPy's, which SQLite does not take."""
+    """Returns a NumPy scalar as Python's, since SQLite takes no other; other values as they are."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 def stripped(id_: Any) -> Any:
     """Returns an id as it is recorded: without spaces around it."""
     id_ = plain(id_)
-    # As a log is read: other spaces, such as the no-break space, are part of an id.
+    # As the log's reader does: other spaces, such as the no-break space, are part of an id.
     return id_.strip(string.whitespace) if isinstance(id_, str) else id_
 
 
@@ -209,11 +218,11 @@ _IntegerId: TypeAlias = Annotated[
 
 @functools.cache
 def _reader(users_are_text: bool, items_are_text: bool, types: tuple[str, ...]) -> TypeAdapter[Any]:
-    known = dict.fromkeys((*types, *TYPES))
+    all_types = dict.fromkeys((*types, *TYPES))
 
     def type_(value: Any) -> str:
-        if not isinstance(value, str) or value not in known:
-            raise ValueError(f"must be one of {', '.join(known)}")
+        if not isinstance(value, str) or value not in all_types:
+            raise ValueError(f"must be one of {', '.join(all_types)}")
         return value
 
     event: Any = create_model(

@@ -135,18 +135,18 @@ def compare(
 
         def measure(name: str, number: int, label: str) -> tuple[Evaluation, TrainingResult]:
             plan = plans[name].model_copy(update={"seed": number})
-            kept = path / "plans" / quote(name, safe=" ") / f"seed-{number}"
-            kept.mkdir(parents=True, exist_ok=True)
-            # Refuses checkpoints of another model, which a changed plan would go on with.
-            hold_to(kept / MADE_OF_FILE, plan.made_of(train, validation, exclude))
-            most = plan.training.max_epochs
+            plan_folder = path / "plans" / quote(name, safe=" ") / f"seed-{number}"
+            plan_folder.mkdir(parents=True, exist_ok=True)
+            # Refuses checkpoints of another model, which a changed plan would continue.
+            hold_to(plan_folder / MADE_OF_FILE, plan.made_of(train, validation, exclude))
+            max_epochs = plan.training.max_epochs
             model = plan.fit_samples(
                 data[plan.losers],
                 validation,
-                folder=kept,
+                folder=plan_folder,
                 exclude=exclude,
                 cutoffs=measured.cutoffs,
-                tell=lambda done, line: progress.task(label, done, most, line),
+                tell=lambda done, line: progress.task(label, done, max_epochs, line),
             )
             if validation is not None:  # As `TwoTower.fit` does after its training.
                 model = model.with_bonus(validation, exclude, number)
@@ -161,18 +161,21 @@ def compare(
             for name, plan in plans.items()
         }
         monitor = next(iter(plans.values())).training.monitor
-        comparison = _compared(settings, range(seed, seed + seeds), measure, monitor)
+        comparison = _compare(settings, range(seed, seed + seeds), measure, monitor)
         if folder is not None:
             comparison.write(path)
         return comparison
 
 
 def compare_claimed(run: RunContext) -> Comparison:
-    """Trains and measures every sampling plan of a config, in a folder that is claimed.
+    """Trains and measures every sampling plan of a config, in a claimed folder.
 
-    A stopped comparison of the same config in the folder is resumed: trained plans are measured
-    again, and the unfinished one continues. Raises a `ConfigError` if `warm_start` is set, and a
-    `ValueError` if the data is refused.
+    A stopped comparison of the same config in the folder resumes: trained plans are measured again,
+    and the unfinished one continues.
+
+    Raises:
+        ConfigError: If `warm_start` is set, or no plan is left.
+        ValueError: If the data is rejected.
     """
     config = run.config
     if config.warm_start is not None:
@@ -194,26 +197,29 @@ def compare_claimed(run: RunContext) -> Comparison:
         del run.artifacts[label]  # One network at a time.
         return evaluate_all(config, {name: model}, data, run.progress), model.result
 
-    comparison = _compared(plans, seeds, measure, config.training.monitor, notes)
+    comparison = _compare(plans, seeds, measure, config.training.monitor, notes)
     comparison.write(run.folder.path)
     return comparison
 
 
-def _compared(
+def _compare(
     plans: Mapping[str, Plan],
     seeds: Sequence[int],
     measure: Callable[[str, int, str], tuple[Evaluation, TrainingResult]],
     monitor: str,
     notes: Sequence[str] = (),
 ) -> Comparison:
-    """Trains and measures all plans with the first seed, then all with the next one, and so on."""
+    """Trains and measures all plans with the first seed, then all with the next one, and so on.
+
+    `measure` takes the name of a plan, a seed, and a name of the training.
+    """
     by_seed: dict[int, Evaluation] = {}
     trainings: dict[str, dict[int, TrainingResult]] = {name: {} for name in plans}
     for seed in seeds:
         evaluations = []
         for name in plans:
             forget_networks()
-            # Names a training for people; also a name that TensorFlow takes.
+            # The name of the training in messages. TensorFlow must take it too.
             label = name if len(seeds) == 1 else f"{name}/seed_{seed}"
             evaluation, trainings[name][seed] = measure(name, seed, label)
             evaluations.append(evaluation)
@@ -227,7 +233,7 @@ def plan_steps(config: RunConfig) -> list[Step]:
 
 
 def _make_plans(run: RunContext, samples: RunData) -> tuple[dict[str, Plan], list[str]]:
-    """Makes the plans, with notes; refuses those that cannot train before any of them trains."""
+    """Makes the plans, with notes; refuses a plan that cannot train before any of them trains."""
     pools = samples.final.samples.hard_pools
     logged = {stage for stage, pool in pools.items() if len(pool.values)}
     plans, notes = sampling_plans(run.config, logged)

@@ -132,8 +132,8 @@ class Comparison:
             yield "better or worse: the intervals over users and seeds (Student's t) both exclude 0"
             if num_seeds == 2:
                 yield (
-                    "two seeds rarely decide: their interval reaches 12.7 standard errors to "
-                    "either side, that of three 4.3"
+                    "two seeds rarely decide: their interval is ± 12.7 standard errors, that of "
+                    "three ± 4.3"
                 )
         elif len(self.trainings) > 1:
             yield (

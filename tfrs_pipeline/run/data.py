@@ -158,8 +158,8 @@ def _make_tests(config: RunConfig, split: Split, last: Log) -> tuple[Holdout, Ho
     """
     by, exclude = config.evaluation.by, config.evaluation.exclude
     may_be_by_user = by in (None, "users")
-    most, seed = config.evaluation.max_users, config.seed
-    holdout = functools.partial(split.holdout, "test", most, seed, trained_on=last)
+    max_queries, seed = config.evaluation.max_users, config.seed
+    holdout = functools.partial(split.holdout, "test", max_queries, seed, trained_on=last)
     by_user = holdout(by="users")
     # A log without an order is an error only if the settings ask by request.
     if split.log.order == "none" and may_be_by_user:

@@ -23,7 +23,7 @@ from tfrs_pipeline.messages import beside
 from tfrs_pipeline.settings import ConfigError
 
 CONFIG_FILE, METRICS_FILE, COMPARISON_FILE = "config.toml", "metrics.json", "comparison.json"
-STEPS_FILE = "steps.json"  # What differs from run to run: when, how long, and what steps said.
+STEPS_FILE = "steps.json"  # What differs between equal runs: date, durations, and steps' notes.
 DATA, SPLIT_FILE, SAMPLES = "data", "data/split.parquet", "samples"
 CURVES_FILE, RACE_FILE = "curves.json", "race.json"
 CHECKPOINTS, PLANS_FOLDER = "checkpoints", "plans"
@@ -85,6 +85,7 @@ class RunFolder:
         return None if metrics is None else {**self._steps(), **metrics}
 
     def _steps(self) -> dict[str, Any]:
+        # Runs of older releases have these values in metrics.json.
         return durable.read_whole(self.path / STEPS_FILE) or {}
 
     def results(self) -> dict[str, Any]:

@@ -72,11 +72,23 @@ def pass_gate(
 def version_in_service(
     folder: Path, candidate_ids: np.ndarray, split: Split, *, without: Path | None = None
 ) -> ScoreRetriever | None:
-    """Loads a model's newest version, to measure it beside a new one; None if there is none.
+    """Loads a model's newest version, to measure it beside a new one.
 
-    `candidate_ids` are the new model's items, of which its export retrieves those that the log
-    lists. If the version holds no user data, users' features come from the log. The item graph of
-    its bonus is built of what is before the test, as the new model's is: its own may know the test.
+    If the version holds no user data, users' features come from the log. The item graph of its
+    bonus is built from events before the test, as the new model's is, because the stored graph may
+    know the test.
+
+    Args:
+        folder: Folder of the model.
+        candidate_ids: Ids of the new model's items; its export retrieves those that the log lists.
+        split: The new model's split.
+        without: A version to pass over.
+
+    Returns:
+        The version as a retriever of these items; None if there is no version.
+
+    Raises:
+        ValueError: If the version has none of the items.
     """
     newest = _newest(folder, without)
     if newest is None:
@@ -118,15 +130,15 @@ def _query_embedder(
 ) -> Callable[[Sequence[Query]], np.ndarray]:
     """Returns a function that embeds a run's queries with a version, by the features both have."""
 
-    def same_kind(side: str, kinds: Mapping[str, str]) -> list[Feature]:
-        # One whose kind has changed is left out.
+    def unchanged_features(side: str, kinds: Mapping[str, str]) -> list[Feature]:
+        # A feature whose kind has changed would be encoded wrongly.
         features = retriever.features[side]
         return [feature for feature in features if kinds.get(feature.name) == feature.kind]
 
-    read = request_signature(same_kind("request", log.request_features), reads_times=True)
+    read = request_signature(unchanged_features("request", log.request_features), reads_times=True)
     names: list[str] = []
     if not retriever.manifest["user_data"]:
-        names = [feature.name for feature in same_kind("query", log.user_features)]
+        names = [feature.name for feature in unchanged_features("query", log.user_features)]
 
     def embed(queries: Sequence[Query]) -> np.ndarray:
         by_user: dict[Any, dict[str, Any]] = {}

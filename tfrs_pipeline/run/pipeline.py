@@ -126,7 +126,7 @@ def _write_metrics(
     race: dict[str, Any] | None = None,
     **models: Model,
 ) -> dict[str, Any]:
-    """Writes steps.json and metrics.json, which marks a finished run."""
+    """Writes steps.json, then metrics.json, which marks a finished run; returns both as one."""
     metrics = {
         "dataset": run.config.model_name,
         "split": samples.split.report(),
@@ -150,7 +150,7 @@ def _write_metrics(
             pool: {**asdict(x), "words": str(x)} for pool, x in samples.false_negatives.items()
         },
     }
-    done = run.reports[:-1]  # The steps before this one, which has not ended.
+    done = run.reports[:-1]  # Without this step, which has not ended.
     steps = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "notes": {report.name: report.notes for report in done},

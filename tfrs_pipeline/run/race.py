@@ -228,7 +228,7 @@ def race(
 
 
 class _Chosen(NamedTuple):
-    """A recipe's settings with the shrinkage that validation chose, its metric, its vectors."""
+    """A recipe's settings with the chosen shrinkage, the metric with it, and the vectors."""
 
     config: RunConfig
     value: float
@@ -285,7 +285,7 @@ class _Racing:
             self._train(Turn(winner.name, winner.num_epochs, task))
             # It is of fewer epochs; a single recipe has none, since it has not trained before.
             self._chosen.pop(winner.name, None)
-        # Only now, since the epochs before were measured without.
+        # After the race, because its epochs were measured without shrinkage.
         self.configs |= {name: chosen.config for name, chosen in self._chosen.items()}
         choice = self._choose_ensemble(race.winner) if self._run.config.members > 1 else None
         return dataclasses.replace(race, choice=choice, configs=self.configs)
@@ -385,9 +385,9 @@ class _Racing:
         vectors = {name: chosen.vectors for name, chosen in self._chosen.items()}
         vectors[IALS] = vectors_of(self.model(IALS), truth.queries, truth.items)
         self._run.progress.task("chooses the sum", 0, 0)
-        most = self._run.config.members
-        ask = partial(choose, vectors, truth, metric, winner=winner, max_members=most)
-        return Choice(**on_chief(lambda: dataclasses.asdict(ask())))
+        num = self._run.config.members
+        choose_members = partial(choose, vectors, truth, metric, winner=winner, max_members=num)
+        return Choice(**on_chief(lambda: dataclasses.asdict(choose_members())))
 
 
 def _recipe_named(name: str) -> Recipe:

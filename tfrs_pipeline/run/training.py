@@ -86,18 +86,25 @@ def train_and_refit(
 ) -> FittedTwoTower:
     """Chooses the number of epochs on validation, then trains on all events before the test.
 
-    `config` has the settings of the training, in place of those of the run; `folder` keeps it.
-    `max_epochs` of the first training replaces the settings' number. The model's `result` is that
-    of the first training; its `notes` describe both. Validation chooses a bonus if it `has_bonus`.
+    The model's `result` is that of the first training; its `notes` describe both.
+
+    Args:
+        run: Reports progress; its settings are not read.
+        samples: The data of the run.
+        config: Settings of the training.
+        folder: Where both trainings are kept.
+        name: Name of the model.
+        max_epochs: Most epochs of the first training; None is the settings' number.
+        has_bonus: Whether validation chooses a bonus.
     """
-    data, source = samples, config.warm_start
+    source = config.warm_start
 
     def fit(step: Training, max_epochs: int) -> FittedTwoTower:
         is_first = step == "selection"
         task = f"{name}, {step}"
         return plan_of(config, name).fit_samples(
-            data.selection if is_first else data.final,
-            data.validation if is_first else None,
+            samples.selection if is_first else samples.final,
+            samples.validation if is_first else None,
             max_epochs=max_epochs,
             # The source's first training has seen nothing that validates here.
             warm_start=None if source is None else trained_in(source, step, name),
@@ -111,22 +118,22 @@ def train_and_refit(
     # The second training has no validation, so this one's curves and its bonus are kept.
     chosen, bonus = model.result, None
     if has_bonus:
-        bonus = model.with_bonus(data.validation, config.evaluation.exclude, config.seed).bonus
-    notes = [] if source is None else list(_about_source(source, name, data))
+        bonus = model.with_bonus(samples.validation, config.evaluation.exclude, config.seed).bonus
+    notes = [] if source is None else list(_about_source(source, name, samples))
     monitor = config.training.monitor
     monitored = chosen.history[f"val_{monitor}"]
     notes.append(
         f"best validation {monitor} {max(monitored):.4f} after epoch "
         f"{chosen.best_epoch} of {len(monitored)}"
     )
-    if data.has_refit:
+    if samples.has_refit:
         del model  # One network at a time.
         # No validation stops it, so it trains for as many epochs as were best above.
         model = fit("refit", chosen.best_epoch)
         epochs = counted(chosen.best_epoch, "epoch")
         notes.append(f"trained again on training and validation positives for {epochs}")
     notes += model.notes
-    return _with_bonus(dataclasses.replace(model, result=chosen, notes=notes), bonus, data.split)
+    return _with_bonus(dataclasses.replace(model, result=chosen, notes=notes), bonus, samples.split)
 
 
 def _with_bonus(model: AnyModel, bonus: HistoryBonus | None, split: Split) -> AnyModel:
@@ -163,12 +170,12 @@ def train_member(
 def train_ensemble(run: RunContext, samples: RunData, ensemble: Ensemble) -> FittedSum:
     """Trains each member of a sum as `train_and_refit` does, and sums them.
 
-    A member that comes from a race trains for as many epochs as it had there, because these decided
+    A member that comes from a race trains for as many epochs as in the race, because these decided
     its weight; iALS is fitted anew. The queries of validation give the scales and the rotation of
     the sum.
     """
-    config, data = run.config, samples
-    queries = queries_of(config, data.validation).queries
+    config = run.config
+    queries = queries_of(config, samples.validation).queries
 
     def fit(data: RunData, *, is_tested: bool) -> FittedSum:
         members: dict[str, Fitted] = {}
@@ -179,20 +186,20 @@ def train_ensemble(run: RunContext, samples: RunData, ensemble: Ensemble) -> Fit
                 members[name] = FittedIals.fit(Ials(seed=config.seed), data.final.log)
                 notes.append(f"{name}: fitted anew; an item without a positive has the vector 0")
                 continue
-            # That of the first is for the test of it alone.
+            # The first member has a bonus, for its own test.
             has_bonus = is_tested and not members
             model = train_member(run, data, ensemble, name, has_bonus=has_bonus)
             members[name] = model
-            of_bonus = () if model.bonus is None else model.bonus.notes
-            notes += [f"{name}: {note}" for note in model.notes if note not in of_bonus]
+            bonus_notes = () if model.bonus is None else model.bonus.notes
+            notes += [f"{name}: {note}" for note in model.notes if note not in bonus_notes]
         return dataclasses.replace(FittedSum.of(members, ensemble.weights, queries), notes=notes)
 
     # The sum of the first trainings, which have not seen validation, chooses the bonus.
-    selection = dataclasses.replace(data, final=data.selection)
-    first = fit(selection, is_tested=not data.has_refit)
-    bonus = first.with_bonus(data.validation, config.evaluation.exclude, config.seed).bonus
-    tested = fit(data, is_tested=True) if data.has_refit else first
-    return _with_bonus(tested, bonus, data.split)
+    selection = dataclasses.replace(samples, final=samples.selection)
+    first = fit(selection, is_tested=not samples.has_refit)
+    bonus = first.with_bonus(samples.validation, config.evaluation.exclude, config.seed).bonus
+    tested = fit(samples, is_tested=True) if samples.has_refit else first
+    return _with_bonus(tested, bonus, samples.split)
 
 
 def queries_of(config: RunConfig, validation: Holdout) -> Truth:

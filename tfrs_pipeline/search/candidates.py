@@ -35,8 +35,8 @@ class UnknownItem(ValueError):
 class FilterValues:
     """The values by which requests may choose candidates.
 
-    They have the codes 1, 2, ... in the order of `values`, and then of those that `encode` sees.
-    `separator` stands between the values of an item in one text, as in the item table.
+    Codes are 1, 2, ... in the order of `values`, then of the new values that `encode` sees.
+    `separator` separates the values of one text, as in the item table.
     """
 
     def __init__(self, values: Iterable[str] = (), separator: str = "|") -> None:
@@ -57,7 +57,7 @@ class FilterValues:
         return rows
 
     def split(self, value: Any) -> list[str]:
-        """Returns the values that a text holds, as the item table writes those of an item."""
+        """Splits a text of several values at the separator, unless it is a value itself."""
         text = to_text(value)
         if text in self.code_of:
             return [text]
@@ -67,8 +67,8 @@ class FilterValues:
     def choose(self, values: Iterable[Any]) -> np.ndarray | None:
         """Returns which codes are of one of the values: [num_codes + 1] bool.
 
-        A text of several values counts as these. Returns None, which allows all candidates, if
-        there are no values.
+        A text of several values counts as each of them. Returns None, which allows all
+        candidates, if there are no values.
 
         Example:
             >>> genres = FilterValues()
@@ -276,7 +276,7 @@ class Candidates:
         return self._view.rows_now(ids) > 0
 
     def broken(self) -> Iterator[str]:
-        """Yields what does not hold of the candidates of one moment, though it always should."""
+        """Yields the violated invariants of the candidates at one moment, a line each."""
         view = self._view
         rows = view.live_rows()
         ids, vectors = view.ids[rows], view.vectors[rows - 1]

@@ -101,7 +101,7 @@ class Searcher:
 
     @property
     def num_rows(self) -> int:
-        """Number of vectors that it holds."""
+        """Number of vectors in the index."""
         return int(self._scann.size())
 
     def search(self, queries: np.ndarray, level: Level) -> tuple[np.ndarray, np.ndarray, int]:

@@ -19,7 +19,7 @@ WITHOUT_EVENTS = Counter("tfrs_answers_without_events", "Queries while no events
 RECORDED = Counter("tfrs_recorded_answers", "Answers that were recorded.", ["version"])
 CLICK_RANK = Histogram(
     "tfrs_click_rank",
-    "Rank in a recorded answer of each click on it.",
+    "Ranks of clicks in recorded answers.",
     ["version"],
     buckets=(1, 2, 3, 5, 10, 20, 50, 100),
 )
@@ -46,7 +46,7 @@ def count_answers(
 
 
 def count_click(version: int, rank: int) -> None:
-    """Counts a click on an item of a recorded answer."""
+    """Counts a click on an item of a recorded answer, by its rank from 1."""
     CLICK_RANK.labels(version).observe(rank)
 
 

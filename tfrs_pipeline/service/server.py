@@ -85,8 +85,8 @@ class ModelServer:
         self.watch = Watch()
         # What users did, for queries; the recorder has connections of its own.
         self.journal = Journal(self.versions.folder, self.watch)
-        recorded = Journal(self.versions.folder, self.watch, count_click)
-        self.recorder = Recorder(recorded, UNRECORDED.inc)
+        recorder_journal = Journal(self.versions.folder, self.watch, count_click)
+        self.recorder = Recorder(recorder_journal, UNRECORDED.inc)
         # One thread, so writes are done one after the other. It may wait for another process.
         self.writes = ThreadPoolExecutor(1, "writes")
         answers, hours = settings.exclude_served_answers, settings.exclude_served_hours

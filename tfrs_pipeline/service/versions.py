@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 # Wait before a version that failed to load is tried again: its folder may still be incomplete.
 RETRY_SECONDS = 30.0
-# Between two checks of a version's candidates against its files.
+# Between two checks of a version's candidates and live items.
 CHECK_SECONDS = 60.0
 # A small request that takes less is answered at once: a change of threads takes as long.
 QUICK_SECONDS = 0.002
@@ -57,7 +57,7 @@ VERSION = Gauge("tfrs_model_version", "Version in use.", ["model"])
 LOADS = Counter(
     "tfrs_model_loads", "Versions that were loaded or failed to load.", ["model", "outcome"]
 )
-BROKEN = Gauge("tfrs_broken", "What does not hold of the version in use.", ["model"])
+BROKEN = Gauge("tfrs_broken", "Violated invariants of the version in use.", ["model"])
 LOAD_SECONDS = Gauge("tfrs_model_load_seconds", "Seconds that the last load took.", ["model"])
 
 State: TypeAlias = Literal["LOADING", "AVAILABLE", "UNLOADING", "END"]
@@ -220,7 +220,7 @@ class ModelVersions:
                 problem = str(error)
 
     def _check_if_idle(self) -> None:
-        """Says what does not hold of the version in use, once a minute at most, between calls."""
+        """Logs violated invariants of the version in use, between calls, at most once a minute."""
         version, begun = self._current, time.monotonic()
         if version is None or version.num_uses or begun < self._next_check:
             return
@@ -228,7 +228,7 @@ class ModelVersions:
         BROKEN.labels(self.name).set(len(broken))
         for line in broken:
             logger.error("version %d of %s is broken: %s", version.number, self.name, line)
-        # A check of many items may take one part in twenty of the time.
+        # So checks take at most a twentieth of the time, however many items there are.
         ended = time.monotonic()
         self._next_check = ended + max(CHECK_SECONDS, 20 * (ended - begun))
 
