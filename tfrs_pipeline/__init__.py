@@ -68,7 +68,7 @@ _NAMES = {
     "answers.audience": ("audience",),
     "answers.explain": ("Explanation", "explain"),
     "answers.log_of_service": ("write_log",),
-    "answers.outcomes": ("Outcome", "outcomes"),
+    "answers.outcomes": ("VersionOutcome", "outcomes"),
     "exports.export": ("export",),
     "search.settings": ("Auto", "Exact", "Scann"),
     "answers.recommend": ("recommend",),

@@ -118,26 +118,26 @@ def test_a_retriever_says_what_does_not_hold(served: Served, retriever: LoadedRe
     kept, gone = [new_id(served, n) for n in (1, 2)]
     retriever.upsert([item(kept), item(gone), item(served.candidate_ids[3])])
     retriever.remove([gone, served.candidate_ids[4]])
-    assert retriever.broken() == []
+    assert retriever.violations() == []
     # Behind the back of the live items, candidates change.
     candidates = retriever.candidates
     vector = candidates.vectors_of([kept])
     candidates.change([gone], vector, None, [kept])
-    assert retriever.broken() == [
+    assert retriever.violations() == [
         f"live item {kept!r} was written, and is not found",
         f"live item {gone!r} was removed, and is still found",
     ]
     candidates.change([kept], np.full_like(vector, np.nan), None, [gone])
-    assert retriever.broken() == ["a candidate's vector is not finite"]
+    assert retriever.violations() == ["a candidate's vector is not finite"]
     candidates.change([kept], vector, None, [])
     view = candidates._view
     candidates._view = dataclasses.replace(view, num_removed=view.num_removed + 1)
     num = NUM_CANDIDATES
-    assert retriever.broken() == [f"{num} candidates are there, and {num - 1} are counted"]
+    assert retriever.violations() == [f"{num} candidates are there, and {num - 1} are counted"]
     twice = view.ids.copy()
     twice[1] = twice[2]
     candidates._view = dataclasses.replace(view, ids=twice)
-    assert f"{num} candidates have {num - 1} different ids" in retriever.broken()
+    assert f"{num} candidates have {num - 1} different ids" in retriever.violations()
 
 
 def test_a_file_of_before_without_a_number_is_read_and_written(films: Path) -> None:

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from tfrs_pipeline.durable import read_record, write_record
 from tfrs_pipeline.service import versions
 from tfrs_pipeline.service.server import write_items
-from tfrs_pipeline.service.versions import BROKEN, ModelVersions
+from tfrs_pipeline.service.versions import VIOLATIONS, ModelVersions
 
 
 class Fake:
@@ -30,7 +30,7 @@ class Fake:
         self.number = int(folder.name)
         self.payload = read_record(folder / "manifest.json")["payload"]
         self.num_uses = 0
-        self.retriever = SimpleNamespace(catch_up=lambda: None, broken=lambda: [])
+        self.retriever = SimpleNamespace(catch_up=lambda: None, violations=lambda: [])
 
 
 def put(folder: Path, number: int, payload: str = "", *, broken: bool = False) -> None:
@@ -225,17 +225,17 @@ def test_what_does_not_hold_is_said_between_calls_once_a_minute(
         model._check_if_idle()
         return len(caplog.messages)
 
-    version.retriever.broken = lambda: ["a candidate's vector is not finite", "and more"]
+    version.retriever.violations = lambda: ["a candidate's vector is not finite", "and more"]
     with model.use():
         assert checked() == 0  # Somebody waits for it.
     assert checked() == 2
     assert caplog.messages[0] == "version 1 of films is broken: a candidate's vector is not finite"
-    assert BROKEN.labels("films")._value.get() == 2
+    assert VIOLATIONS.labels("films")._value.get() == 2
     for seconds, num in ((59.0, 0), (2.0, 2)):
         now[0] += seconds
         assert checked() == num
-    version.retriever.broken, now[0] = lambda: [], now[0] + 61
-    assert checked() == BROKEN.labels("films")._value.get() == 0
+    version.retriever.violations, now[0] = lambda: [], now[0] + 61
+    assert checked() == VIOLATIONS.labels("films")._value.get() == 0
 
 
 def test_no_version_at_all_is_said(tmp_path: Path) -> None:

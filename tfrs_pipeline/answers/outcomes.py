@@ -19,7 +19,7 @@ _LAST_RANKS = 1, 3, 10  # The last rank of each group that the text counts.
 
 
 @dataclass(frozen=True)
-class Outcome:
+class VersionOutcome:
     """The clicks on the recorded answers of a version.
 
     Attributes:
@@ -64,7 +64,7 @@ class Outcome:
         return f"{text}; {self.gain.written('+')} against the version before"
 
 
-def outcomes(model: "str | Path | LoadedRetriever") -> list[Outcome]:
+def outcomes(model: "str | Path | LoadedRetriever") -> list[VersionOutcome]:
     """Counts the clicks on the recorded answers of a model, by version.
 
     Clicks per answer are a ratio of two sums over users. The delta method linearizes the ratio and
@@ -97,7 +97,7 @@ def outcomes(model: "str | Path | LoadedRetriever") -> list[Outcome]:
     for number, user_id, rank in journal.answer_clicks():
         clicks[number][user_id] += 1
         ranks[number][rank] += 1
-    by_version = list[Outcome]()
+    by_version = list[VersionOutcome]()
     shares_before: dict[Any, float] = {}
     for number, num_by_user in sorted(answers.items()):
         num, num_clicks = num_by_user.total(), clicks[number].total()
@@ -111,7 +111,7 @@ def outcomes(model: "str | Path | LoadedRetriever") -> list[Outcome]:
             gain = _interval(rate - by_version[-1].clicks.mean, moves)
         per_answer = _interval(rate, [*shares.values()])
         counts = num, len(num_by_user), num_clicks, ranks[number]
-        by_version.append(Outcome(number, *counts, per_answer, gain))
+        by_version.append(VersionOutcome(number, *counts, per_answer, gain))
         shares_before = shares
     return by_version
 

@@ -330,10 +330,10 @@ class LoadedRetriever:
         """Removes items from all later answers; returns how many there were. Raises as `upsert`."""
         return self.live.write(self.live.prepare(removed=item_ids))[1]
 
-    def broken(self) -> list[str]:
+    def violations(self) -> list[str]:
         """Returns the violated invariants of candidates and live items, a line each."""
-        live = () if self._live is None else self._live.broken()
-        return [*self.candidates.broken(), *live]
+        live = () if self._live is None else self._live.violations()
+        return [*self.candidates.violations(), *live]
 
     def catch_up(self) -> None:
         """Takes in items that other processes have written since the last call, and all clicks."""

@@ -179,7 +179,7 @@ class LiveItems:
         """Returns whether an item's last write removed it."""
         return item_id in self._removed
 
-    def broken(self) -> Iterator[str]:
+    def violations(self) -> Iterator[str]:
         """Yields live items that the candidates lack, and removed ones that they hold."""
         with self._lock:
             for ids, is_right, what in (

@@ -275,7 +275,7 @@ class Candidates:
         """Returns which ids are candidates now, [n] bool."""
         return self._view.rows_now(ids) > 0
 
-    def broken(self) -> Iterator[str]:
+    def violations(self) -> Iterator[str]:
         """Yields the violated invariants of the candidates at one moment, a line each."""
         view = self._view
         rows = view.live_rows()

@@ -57,7 +57,7 @@ VERSION = Gauge("tfrs_model_version", "Version in use.", ["model"])
 LOADS = Counter(
     "tfrs_model_loads", "Versions that were loaded or failed to load.", ["model", "outcome"]
 )
-BROKEN = Gauge("tfrs_broken", "Violated invariants of the version in use.", ["model"])
+VIOLATIONS = Gauge("tfrs_violations", "Violated invariants of the version in use.", ["model"])
 LOAD_SECONDS = Gauge("tfrs_model_load_seconds", "Seconds that the last load took.", ["model"])
 
 State: TypeAlias = Literal["LOADING", "AVAILABLE", "UNLOADING", "END"]
@@ -224,9 +224,9 @@ class ModelVersions:
         version, begun = self._current, time.monotonic()
         if version is None or version.num_uses or begun < self._next_check:
             return
-        broken = version.retriever.broken()
-        BROKEN.labels(self.name).set(len(broken))
-        for line in broken:
+        violations = version.retriever.violations()
+        VIOLATIONS.labels(self.name).set(len(violations))
+        for line in violations:
             logger.error("version %d of %s is broken: %s", version.number, self.name, line)
         # So checks take at most a twentieth of the time, however many items there are.
         ended = time.monotonic()
