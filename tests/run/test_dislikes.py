@@ -12,7 +12,7 @@ import pytest
 
 from tests.service.running_server import PREDICT, Running, retrieve_user, send
 from tests.small_log import Watched, small_config, write
-from tfrs_pipeline import Log
+from tfrs_pipeline import Log, Reading
 from tfrs_pipeline.answers.publish import MANIFEST_FILE
 from tfrs_pipeline.answers.retriever import load
 from tfrs_pipeline.durable import read_record
@@ -109,9 +109,10 @@ def test_a_reported_item_never_comes_back(tmp_path: Path, command: Any) -> None:
         (answer,) = server.post(PREDICT, json=request).json()["outputs"]["candidate_ids"]
         assert {*answer}.isdisjoint({*gone[7], new})
 
-    # The log of the service says so without any flag.
+    # The log of the service says so in the words of the model's own log.
     assert command("log", config.model_folder, "--out", tmp_path / "log.parquet").code == 0
-    log = Log.from_files(tmp_path / "log.parquet")
+    reading = Reading(event_weights=weights)
+    log = Log.from_files(tmp_path / "log.parquet", reading=reading)
     assert log.disliked is not None
     assert log.disliked.to_pyarrow().to_pylist() == [{"user_id": 7, "item_id": new}]
     assert "1 pair of a user and an item that the user disliked" in str(log.describe())

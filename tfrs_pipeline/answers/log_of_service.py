@@ -96,7 +96,13 @@ def write_log(model: "str | Path | LoadedRetriever", path: str | Path) -> int:
 def _stage_words(types: Mapping[str, Any]) -> dict[str, str]:
     """Returns the name in column `event` of each stage, for events that have no type of `types`.
 
+    A single type of a stage is its name: `dislike` becomes the log's `report`. If there are several
+    or none, the name is the client's.
     The log's reader drops names that its `event_weights` lacks, and reports them.
     """
     words = {stage: word for word, stage in WORDS.items() if stage not in types}
-    return {stage.value: words.get(stage, stage.value) for stage in Stage}
+    named = {stage: [name for name in types if types[name] == stage] for stage in Stage}
+    return {
+        stage.value: named[stage][0] if len(named[stage]) == 1 else words.get(stage, stage.value)
+        for stage in Stage
+    }
