@@ -566,6 +566,11 @@ def test_a_check_reads_as_a_run_and_keeps_nothing(command: Any, run: Run, tmp_pa
     written = load_config(tmp_path / "small.toml")
     assert load_config(path) == with_settings(written, given, preset="quick")
     assert "seed" not in answer.out
+    # The file names no preset, and does the same steps all the same: none races.
+    again = command("run", "--config", path, "--check")
+    steps = [[x for x in text.splitlines() if x[:2] == "# "] for text in (answer.out, again.out)]
+    assert steps[0] == steps[1]
+    assert not any("race" in line for line in steps[0])
     assert {*tmp_path.iterdir()} - before == {path}
 
 

@@ -179,6 +179,25 @@ def test_what_was_served_and_what_stages_say_has_a_word(films: Path, tmp_path: P
     assert {tuple(row.values()) for row in stages} == {(3, "clicked", 2.0), (24, "retrieved", 1.0)}
 
 
+def test_what_was_shown_is_never_a_type_that_is_a_positive(films: Path, tmp_path: Path) -> None:
+    """In this shop a view is the opened page of an item, and nothing says what was shown."""
+    shop_of(films, types := {"purchase": 5, "view": 1, "disliked": 2})
+    model, path = load(films), tmp_path / "log.parquet"
+    kinds = ("exposed", "view", "purchase", "dislike", "disliked")
+    model.record(
+        [
+            {"user_id": 9_000, "item_id": n, "type": kind, "time": START + n}
+            for n, kind in enumerate(kinds)
+        ]
+    )
+    write_log(films, path)
+    rows = pq.read_table(path).to_pylist()
+    names = {row["item_id"]: row["event"] for row in rows}
+    assert names == {0: "exposed", 1: "view", 2: "purchase", 3: "dislike", 4: "disliked"}
+    clicks = read(path, types).positives().to_pyarrow().to_pylist()
+    assert {row["item_id"] for row in clicks} == {1, 2, 4}
+
+
 def test_a_log_of_stages_has_weights_if_an_event_has(films: Path, tmp_path: Path) -> None:
     model, path = load(films), tmp_path / "log.parquet"
     sent = {"user_id": 9_000, "item_id": model.candidate_ids()[0], "type": "click", "time": START}

@@ -96,6 +96,7 @@ def test_what_is_too_little_has_no_interval(films: Path) -> None:
     (outcome,) = outcomes(films)
     assert (outcome.num_answers, outcome.num_clicks, outcome.clicks.mean) == (1, 0, 0)
     assert np.isnan(outcome.clicks.low)
+    assert "0.0000 an answer" in str(outcome)
 
 
 def test_a_line_says_how_many_clicks_are_at_which_ranks(films: Path) -> None:
@@ -115,7 +116,7 @@ def test_a_line_says_how_many_clicks_are_at_which_ranks(films: Path) -> None:
 
 def test_the_command_prints_the_outcomes(films: Path, command: Any) -> None:
     shown = command("log", str(films)).out
-    assert shown == "No answer is recorded: serve the model with --record-share.\n"
+    assert shown == "No answer is recorded yet: serve the model with --record-share.\n"
     answers, events = traffic()
     Journal(films).write([events], answers)
     printed = " ".join(command("log", str(films)).out.split())

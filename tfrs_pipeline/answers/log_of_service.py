@@ -100,9 +100,12 @@ def _stage_words(types: Mapping[str, Any]) -> dict[str, str]:
     or none, the name is the client's.
     The log's reader drops names that its `event_weights` lacks, and reports them.
     """
-    words = {stage: word for word, stage in WORDS.items() if stage not in types}
-    named = {stage: [name for name in types if types[name] == stage] for stage in Stage}
-    return {
-        stage.value: named[stage][0] if len(named[stage]) == 1 else words.get(stage, stage.value)
-        for stage in Stage
-    }
+    words = {stage: word for word, stage in WORDS.items()}
+    names = {}
+    for stage in Stage:
+        own = [name for name in types if types[name] == stage]
+        # Not a name of another stage: where a view is a click, what was shown is no view.
+        usual = words.get(stage, stage.value), stage.value, f"{stage.value}_in_service"
+        named = own if len(own) == 1 else [name for name in usual if name in own]
+        names[stage.value] = [*named, *(name for name in usual if name not in types)][0]
+    return names

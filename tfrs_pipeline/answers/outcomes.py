@@ -56,7 +56,7 @@ class VersionOutcome:
         text = (
             f"version {self.version}: {counted(self.num_answers, 'answer')} to "
             f"{counted(self.num_users, 'user')}, {counted(self.num_clicks, 'click')}, "
-            f"{self.clicks.written()} an answer; by rank {', '.join(by_rank)}, "
+            f"{_written(self.clicks)} an answer; by rank {', '.join(by_rank)}, "
             f"{groups[0]:,} further"
         )
         if self.gain is None:
@@ -114,6 +114,10 @@ def outcomes(model: "str | Path | LoadedRetriever") -> list[VersionOutcome]:
         by_version.append(VersionOutcome(number, *counts, per_answer, gain))
         shares_before = shares
     return by_version
+
+
+def _written(rate: Interval) -> str:
+    return f"{rate.mean:.4f}" if math.isnan(rate.low) else rate.written()
 
 
 def _interval(value: float, moves: list[float]) -> Interval:

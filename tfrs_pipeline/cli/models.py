@@ -174,7 +174,10 @@ class WriteLog(OfModel):
         for outcome in by_version:
             say(console, str(outcome))
         if not (by_version or self.out or self.drop_older_days):
-            say(console, "No answer is recorded: serve the model with --record-share.")
+            say(
+                console,
+                "No answer is recorded yet: serve the model with --record-share.",
+            )
         written_before = None
         if self.out is not None:
             # An old event that comes while the file is written stays for the next file.

@@ -175,6 +175,8 @@ def _check(command: str, config: RunConfig) -> int:
             check = trainable_recipes if config.recipes else check_trainings
             check(config, run.artifacts["samples"].selection)
     say(console, "\nnothing was trained or kept; settings that are not the defaults:\n")
+    if command == "run" and not config.recipes:
+        print("recipes = []")  # Otherwise the file, which names no preset, would race.
     print(dump_changes(config).rstrip())
     print("\n# steps, as name: reads -> writes")
     for line in as_lines(steps):
