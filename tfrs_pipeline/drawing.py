@@ -168,6 +168,8 @@ def plot_intervals(
         axes.tick_params(left=False)
         axes.margins(x=0.18)
         axes.locator_params(axis="x", nbins=6 // len(panels))
+        # As short as the values, or labels would meet in a narrow panel.
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}".replace("0.", "."))
         axes.grid(axis="x", color=GRID)
     all_axes[0].set_yticks(range(len(names)), [x.replace("_uncorr", "_\nuncorr") for x in names])
     all_axes[0].set_ylim(len(names) - 0.5, -0.6)

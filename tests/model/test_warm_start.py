@@ -241,7 +241,9 @@ def test_other_features_and_ids_are_refused(
         item_features={"genre": "categorical", "title": "text"},
     )
     data = TrainingSet.build(numbers, tmp_path / "number", seed=0)
-    with pytest.raises(ConfigError, match=r"ids are like 0 here and 'item 10' there"):
+    with pytest.raises(
+        ConfigError, match=r"ids are like 0 in the log, and like 'item 10' in the model"
+    ):
         tiny(**MODEL).fit_samples(data, warm_start=source)
     log = log_of(TODAY, 5, ("title", "genre"))
     data = TrainingSet.build(log, tmp_path / "order", seed=0)

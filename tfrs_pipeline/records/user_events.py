@@ -118,10 +118,7 @@ def check_events(
         ValueError: If an event is wrong; names the first one, and what is wrong.
     """
     if isinstance(events, Mapping):
-        raise ValueError(
-            "Events must be a list: put a single one into brackets. "
-            f"Received: {dict(events)!r:.200}"
-        )
+        raise ValueError(f"Events come in a list, also a single one: [{dict(events)!r:.200}]")
     log_types = types or {}
     reader = _reader(users_are_text, items_are_text, (*log_types,))
     try:
